@@ -1,0 +1,31 @@
+# make run · test · lab · notebooks · clean; each sets up .venv by itself. PYTHON=python3.12 chooses an interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lab notebooks clean
+
+run: .venv/ready
+	$(BIN)/python -m mslib run $(ARGS)
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest -q tests
+	MSLIB_PRESET=quick $(BIN)/python -m pytest -q --nbval -p no:cacheprovider notebooks
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb
+
+notebooks: .venv/ready  # execute the stored lessons anew, at quick, and keep their outputs
+	MSLIB_PRESET=quick $(BIN)/python -m mslib store
+
+clean:
+	rm -rf runs .venv build *.egg-info
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . || { echo "installation failed: see the lines above"; exit 1; }
+	@touch $@
+
+.venv/ready-test: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@touch $@

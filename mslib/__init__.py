@@ -1,0 +1,24 @@
+"""mslib: make a convolutional network smaller and faster by pruning-aware sparse regularization.
+
+    import mslib as ms
+
+Networks and images: resnet, load_data, save, load. Training: fit, evaluate. Penalties: GlobalL1, MaskedL1, push.
+Masks and surgery: masks_below, masks_for_macs, channel_groups, prune, zero_masked. Cost: cost, latency.
+The course: config, stage, require, reference, scoreboard; figures in ms.plots.
+"""
+
+from . import models, plots
+from .config import Config, config, notebook_config
+from .cost import cost, latency
+from .course import data_of, reference, require, scoreboard, stage
+from .data import load_data, normalize
+from .files import ROOT
+from .graph import ChannelGraph
+from .masks import channel_groups, gammas, load_masks, masks_below, masks_for_macs, save_masks
+from .models import PaddedShortcut, load, resnet, save
+from .penalties import GlobalL1, MaskedL1, push
+from .prune import prune, zero_masked
+from .runs import environment
+from .train import evaluate, fit, learning_rates
+
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,0 +1,102 @@
+"""The command line: python -m mslib run | reference | store | stamp."""
+
+import argparse
+import ast
+import sys
+
+from . import course
+from .config import config
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m mslib", description="Run the course's lessons in batch.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the lessons in order through papermill; finished ones are reused")
+    run.add_argument("--again", action="store_true", help="execute notebooks anew; finished trainings are still reused")
+    keep = commands.add_parser("reference", help="copy a finished run's results to data/reference/NAME")
+    keep.add_argument("name")
+    for command in (run, keep):
+        command.add_argument("--preset", default="auto", help="quick, standard, full or auto (default)")
+        command.add_argument("--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04")
+        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="change a setting")
+    commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
+    commands.add_parser("stamp", help="write the repository's address of pyproject.toml into README and lessons")
+    options = parser.parse_args(arguments)
+    try:
+        return {"run": _run, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _chosen(options):
+    cfg = config(options.preset, **{name: _value(text) for name, text in options.p})
+    first, _, last = options.only.partition("-")
+    lessons = [name for name in course.NEEDS if first <= name[:2] <= (last or first)]
+    if not lessons:
+        raise ValueError(f"--only {options.only}: no such lesson; there are 00 to {list(course.NEEDS)[-1][:2]}")
+    return cfg, lessons
+
+
+def _run(options):
+    from papermill.exceptions import PapermillExecutionError
+
+    cfg, lessons = _chosen(options)
+    print(f"preset {cfg.preset}, dataset {cfg.dataset}", flush=True)
+    for lesson in lessons:
+        found = course.stage(lesson, cfg)
+        if found.finished and (found / f"{lesson}.ipynb").exists() and not options.again:
+            say(f"{lesson}: finished before, reused")
+            continue
+        try:
+            course.run_lesson(lesson, cfg, say)
+        except PapermillExecutionError as error:
+            print(f"error in {lesson}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(f"the notebook as far as it came: {found / f'.{lesson}.ipynb'}; run again to go on", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+            return 130
+    stages = [s for s in (course.stage(name, cfg) for name in course.NEEDS) if s.finished]
+    if any(s.metrics["rows"] for s in stages):
+        print("\n" + course.scoreboard(stages).to_string(index=False))
+    print("\nexecuted notebooks:")
+    for lesson in lessons:
+        print(f"  {course.stage(lesson, cfg) / f'{lesson}.ipynb'}")
+    return 0
+
+
+def _reference(options):
+    cfg, lessons = _chosen(options)
+    course.keep_reference(options.name, cfg, lessons)
+    return 0
+
+
+def _store(options):
+    for lesson in course.NEEDS:
+        course.store_lesson(lesson, config("auto"), say)
+    return 0
+
+
+def _stamp(options):
+    from .badges import stamp
+
+    for path in stamp():
+        print(f"stamped {path}")
+    return 0
+
+
+def say(line):
+    print(line, flush=True)
+
+
+def _value(text):
+    """A setting's value as written on the command line: a Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Every number of a run, in one frozen record: three presets, and what you override."""
+
+import difflib
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from .data import KNOWN, find_dataset
+from .files import ROOT
+from .train import SCHEDULES
+
+
+def _setting(default, lesson, doc):
+    return field(default=default, metadata={"lesson": lesson, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. Each names the first lesson it matters to: lessons before that do not depend on it."""
+
+    preset: str = "quick"
+    dataset: str = _setting("cifar10", 1, "shapes, cifar10, cifar100, or the path of a folder, .tar.gz or .zip")
+    image_size: int | None = _setting(None, 1, "side of the images in pixels; None: as they are")
+    train_size: int = _setting(4000, 1, "training images drawn (shapes only)")
+    test_size: int = _setting(2000, 1, "test images drawn (shapes only)")
+    val: float = _setting(0.1, 1, "share of the training images held out for choosing")
+    depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2")
+    seed: int = _setting(0, 1, "of the weights, the order of the images and their augmentation")
+    batch_size: int = _setting(128, 1, "images a step")
+    weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights")
+    schedule: str = _setting("onecycle", 1, "of the learning rate: onecycle, step or constant")
+    epochs: int = _setting(30, 1, "of the baseline")
+    lr: float = _setting(0.2, 1, "highest learning rate of the baseline")
+    sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
+    sparse_lr: float = _setting(0.05, 2, "highest learning rate with a penalty")
+    global_strength: float = _setting(2e-3, 2, "λ of the penalty on every γ")
+    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove")
+    residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
+    masked_strength: float = _setting(5e-3, 3, "λ of the penalty on the masked-out γ")
+    finetune_epochs: int = _setting(4, 5, "after the cut")
+    finetune_lr: float = _setting(0.05, 5, "highest learning rate after the cut")
+    runs: str = field(default="runs", metadata={"doc": "folder of all runs"})
+
+    def describe(self, lesson):
+        """The settings that first matter to `lesson` (a number), one a line: name, value, meaning."""
+        rows = [(f.name, getattr(self, f.name), f.metadata["doc"]) for f in _settings() if f.metadata["lesson"] == lesson]
+        return "\n".join(f"{name:16} {value!s:22} {doc}" for name, value, doc in rows)
+
+    def up_to(self, lesson):
+        """The settings that lessons 1 to `lesson` depend on: dict; a dataset's path is reduced to its name."""
+        return {f.name: _plain(f.name, getattr(self, f.name)) for f in _settings() if f.metadata["lesson"] <= lesson}
+
+    def overrides(self):
+        """What differs from the preset: dict of parameters that make this configuration again from `preset`."""
+        default = asdict(Config(self.preset, **PRESETS[self.preset]))
+        return {k: v for k, v in asdict(self).items() if v != default[k]}
+
+
+PRESETS = {
+    # shapes on 16×16 pixels: minutes on a CPU; the short runs need a strong λ (see ms.push)
+    "quick": dict(
+        dataset="shapes", image_size=16, batch_size=32, epochs=7, lr=0.1,
+        sparse_epochs=3, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2,
+    ),
+    # CIFAR-10: an evening on two CPU cores
+    "standard": dict(),
+    # CIFAR-10 on a GPU: the published lengths
+    "full": dict(
+        schedule="step", epochs=200, lr=0.1, sparse_epochs=100, sparse_lr=0.1, global_strength=1e-4, masked_strength=5e-4,
+        finetune_epochs=120, finetune_lr=0.01,
+    ),
+}  # fmt: skip
+
+
+def config(preset="auto", **overrides):
+    """The settings of `preset`, with `overrides`; an override of None keeps the preset's value.
+
+    `preset`: "quick" (drawn shapes, minutes on a CPU), "standard" (CIFAR-10), "full" (CIFAR-10, published lengths),
+    or "auto": standard on a GPU, quick elsewhere.
+    Raises ValueError for an unknown preset, an unknown setting (with the nearest name) or a value out of range.
+    """
+    if preset == "auto":
+        preset = os.environ.get("MSLIB_PRESET") or ("standard" if torch.cuda.is_available() else "quick")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}" + _nearest(preset, ["auto", *PRESETS]))
+    names = [f.name for f in fields(Config) if f.name != "preset"]
+    for name in overrides:
+        if name not in names:
+            raise ValueError(f"unknown setting {name!r}" + _nearest(name, names))
+    cfg = Config(preset, **(PRESETS[preset] | {k: v for k, v in overrides.items() if v is not None}))
+    _check(cfg)
+    if cfg.dataset not in KNOWN:
+        # a path relative to the course's folder: it means the same in every notebook, and on another machine
+        cfg = replace(cfg, dataset=os.path.relpath(find_dataset(cfg.dataset), ROOT))
+    return cfg
+
+
+def notebook_config(scope):
+    """The configuration of a notebook: its variables `preset` and those named like a setting. Call with globals().
+
+    A parameter that papermill injected and that is no setting is refused, with the nearest name.
+    """
+    names = {f.name for f in fields(Config)} - {"preset"}
+    injected = next((cell for cell in scope.get("In", []) if cell.startswith("# Parameters")), "")
+    given = [line.split("=")[0].strip() for line in injected.splitlines()[1:] if line[:1].isidentifier() and "=" in line]
+    overrides = {name: scope.get(name) for name in [*given, *names] if name != "preset" and name in scope}
+    return config(scope.get("preset", "auto"), **overrides)
+
+
+def _check(cfg):
+    for f in _settings():
+        value, default = getattr(cfg, f.name), f.default
+        kinds = {int: int, float: (int, float), str: str, bool: bool, type(None): (int, type(None))}[type(default)]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name != "seed":
+            raise ValueError(f"{f.name}={value!r}: must be above 0, for example {default!r}")
+    for name in ("reduction", "val"):
+        if not 0 < getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)!r}: a fraction between 0 and 1, for example 0.5")
+    if cfg.schedule not in SCHEDULES:
+        raise ValueError(f"schedule={cfg.schedule!r}" + _nearest(cfg.schedule, SCHEDULES))
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(str(name), known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _settings():
+    return [f for f in fields(Config) if "lesson" in f.metadata]
+
+
+def _plain(name, value):
+    return Path(value).name if name == "dataset" else value

@@ -1,0 +1,74 @@
+"""What a network costs: multiply-accumulates (MACs), parameters, and measured latency."""
+
+import copy
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`macs`: multiply-accumulates of convolutions and linear layers for one image. `params`: all parameters."""
+
+    macs: int
+    params: int
+    layers: dict = field(repr=False, default_factory=dict)  # module name -> MACs
+
+    def __str__(self):
+        return f"{self.macs / 1e6:,.2f} M MACs, {self.params / 1e6:,.3f} M parameters"
+
+
+@torch.no_grad()
+def cost(model, example):
+    """MACs for one image of `example` [N, C, H, W], and the number of parameters.
+
+    Counted as the papers count "FLOPs": one multiplication and addition is one; biases, BatchNorm and activations
+    are left out. The model runs once, without data, on PyTorch's meta device.
+    """
+    layers, handles = {}, []
+    clone = copy.deepcopy(model).to("meta").eval()
+
+    def count(name):
+        def hook(m, _, out):
+            layers[name] = layers.get(name, 0) + out[0].numel() * m.weight[0].numel()
+
+        return hook
+
+    for name, m in clone.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            handles.append(m.register_forward_hook(count(name)))
+    clone(example[:1].to("meta"))
+    return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass: median, and interquartile range."""
+
+    median: float
+    iqr: float
+    batch_size: int
+    threads: int
+
+    def __str__(self):
+        return f"{self.median:.2f} ms ± {self.iqr / 2:.2f} for {self.batch_size} image(s) on {self.threads} thread(s)"
+
+
+@torch.no_grad()
+def latency(model, example, seconds=1.0):
+    """Time `model` on `example` [N, C, H, W] for about `seconds`, warm, in evaluation mode, channels last.
+
+    Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
+    from torch.utils.benchmark import Timer
+
+    clone = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    example = example.to(next(clone.parameters()).device, memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    timer = Timer("model(x)", globals={"model": clone, "x": example}, num_threads=threads)
+    timer.timeit(3)  # warm
+    measured = timer.blocked_autorange(min_run_time=seconds)
+    return Latency(1e3 * measured.median, 1e3 * measured.iqr, len(example), threads)

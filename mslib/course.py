@@ -1,0 +1,222 @@
+"""The lessons as a pipeline: which needs which, where their results lie, and how one runs another."""
+
+import logging
+import os
+import shutil
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+
+from .config import config
+from .cost import cost
+from .data import load_data
+from .files import ROOT, read_json, read_tensors, write_json
+from .masks import load_masks
+from .models import load
+from .runs import check_settings, environment, read_history
+from .train import evaluate
+
+NEEDS = {
+    "00_start_here": (),
+    "01_baseline": (),
+    "02_global_sparsity": ("01_baseline",),
+    "03_masked_regularization": ("01_baseline", "02_global_sparsity"),
+    "04_pruning": ("02_global_sparsity", "03_masked_regularization"),
+    "05_finetune": ("04_pruning",),
+}
+REFERENCE = ROOT / "data" / "reference"
+
+
+class Stage:
+    """What one lesson leaves behind: a folder with one run folder a training, masks, networks and metrics.json.
+
+    metrics.json is written last and marks the stage as finished. The folder can be copied to another machine.
+    """
+
+    def __init__(self, lesson, path, settings):
+        self.lesson, self.path, self.settings, self._rows = lesson, Path(path), settings, []
+
+    def __truediv__(self, name):
+        return self.path / name
+
+    @property
+    def finished(self):
+        return (self.path / "metrics.json").exists()
+
+    @property
+    def metrics(self):
+        return read_json(self.path / "metrics.json")
+
+    @property
+    def rows(self):
+        """One row a measured network: name, top1 (percent, test images), macs, params, epochs of training behind it."""
+        return pd.DataFrame(self.metrics["rows"])
+
+    def top1(self, name):
+        """Test top-1 in percent of the row called `name`."""
+        return float(self.rows.set_index("name").top1[name])
+
+    def history(self, run):
+        return read_history(self.path / run)
+
+    def gammas(self, run):
+        """|γ| of every BatchNorm channel before training and after each epoch, float16 [epochs + 1, channels]."""
+        return read_tensors(self.path / run / "gammas.pt")
+
+    def model(self, name):
+        """A fresh copy of the network that training `name` ended with, or that was saved as <name>.pt."""
+        run = self.path / name / "model.pt"
+        return load(run if run.exists() else self.path / f"{name}.pt")
+
+    def masks(self):
+        return load_masks(self.path / "masks.pt")
+
+    def report(self, name, model, data, epochs):
+        """Measure `model` for the scoreboard, on the test images; `epochs`: all training behind it. Returns top-1."""
+        price = cost(model, data.example)
+        row = {"name": name, "top1": evaluate(model, data.test), "macs": price.macs, "params": price.params, "epochs": epochs}
+        self._rows.append(row)
+        return row["top1"]
+
+    def finish(self, **extra):
+        """Write metrics.json: the rows reported, `extra`, the settings, and where and when it was measured."""
+        write_json(self.path / "metrics.json", {"rows": self._rows, **extra, "settings": self.settings} | environment())
+
+
+def stage(lesson, cfg):
+    """The stage of `lesson` (such as "01_baseline") for `cfg`.
+
+    Its folder is runs/<preset>/<lesson>, followed by the settings that lesson depends on and that differ from the
+    preset: changing one starts a new folder beside, and leaves every earlier lesson's results in use.
+    """
+    if lesson not in NEEDS:
+        raise ValueError(f"unknown lesson {lesson!r}; known: {', '.join(NEEDS)}")
+    settings = cfg.up_to(int(lesson[:2]))
+    preset = config(cfg.preset).up_to(int(lesson[:2]))
+    changed = [f"{k}={v}" for k, v in settings.items() if v != preset[k]]
+    path = ROOT / cfg.runs / cfg.preset / ",".join([lesson, *changed]).replace("/", "_")
+    found = Stage(lesson, path, settings)
+    if found.finished:
+        check_settings(path, found.metrics["settings"], settings)
+    return found
+
+
+def require(lesson, cfg):
+    """The finished stage of `lesson`: loaded, or made now by running its notebook (and those it needs) headless."""
+    found = stage(lesson, cfg)
+    if not found.finished:
+        run_lesson(lesson, cfg)
+    return found
+
+
+def reference(name, lesson):
+    """The stage of `lesson` in data/reference/<name>: measured results of a real run that come with the course."""
+    folder = REFERENCE / name / lesson
+    if not (folder / "metrics.json").exists():
+        known = sorted(p.parent.relative_to(REFERENCE).as_posix() for p in REFERENCE.glob("*/*/metrics.json"))
+        raise FileNotFoundError(f"no reference {name}/{lesson}; there are: {', '.join(known) or 'none'}")
+    return Stage(lesson, folder, read_json(folder / "metrics.json")["settings"])
+
+
+def data_of(cfg):
+    """The images of a configuration."""
+    return load_data(cfg.dataset, cfg.val, cfg.image_size, (cfg.train_size, cfg.test_size))
+
+
+def scoreboard(stages):
+    """One table of every network measured in `stages`: top-1 and what is left of MACs and parameters, in percent."""
+    table = pd.concat([s.rows for s in stages if s.metrics["rows"]], ignore_index=True)
+    first = table.iloc[0]
+    return pd.DataFrame({
+        "network": table.name, "top-1 %": table.top1.round(2), "MACs M": (table.macs / 1e6).round(2),
+        "MACs left %": (100 * table.macs / first.macs).round(1), "params left %": (100 * table.params / first.params).round(1),
+        "epochs": table.epochs,
+    })  # fmt: skip
+
+
+# ---- running notebooks ---------------------------------------------------------------------------------------------
+
+
+def run_lesson(lesson, cfg, say=print):
+    """Execute the notebook of `lesson` for `cfg` through papermill; the executed copy lands in the stage's folder."""
+    for needed in NEEDS[lesson]:
+        require(needed, cfg)
+    where = stage(lesson, cfg)
+    _execute(lesson, where / f"{lesson}.ipynb", where, {"preset": cfg.preset, **cfg.overrides()}, say)
+
+
+def store_lesson(lesson, cfg, say=print):
+    """Execute `lesson` as it stands, with the preset `auto`, and keep the outputs in notebooks/."""
+    import nbformat
+
+    source = ROOT / "notebooks" / f"{lesson}.ipynb"
+    _execute(lesson, source, stage(lesson, cfg), {}, say)
+    notebook = nbformat.read(source, 4)
+    for part in (notebook, *notebook.cells):
+        for key in ("papermill", "execution"):
+            part.metadata.pop(key, None)
+    nbformat.write(notebook, source)
+
+
+def _execute(lesson, target, where, parameters, say):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    source, part = ROOT / "notebooks" / f"{lesson}.ipynb", where / f".{lesson}.ipynb"
+    try:
+        where.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {where.path} ({error.strerror}); choose another folder with -p runs FOLDER") from error
+    with _following(where / "log.txt", lesson, say):
+        papermill.execute_notebook(
+            os.path.relpath(source), os.path.relpath(part), parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False
+        )
+    os.replace(part, target)
+
+
+class _following:
+    """Show the lines that a notebook's trainings write to a log file while another process runs it."""
+
+    def __init__(self, path, title, say):
+        self.path, self.title, self.say, self.stop = path, title, say, threading.Event()
+
+    def __enter__(self):
+        self.before, self.began = os.environ.get("MSLIB_LOG"), time.monotonic()
+        os.environ["MSLIB_LOG"] = str(self.path)
+        self.seen = self.path.stat().st_size if self.path.exists() else 0
+        self.say(f"{self.title}: running")
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def _follow(self):
+        while not self.stop.wait(0.5):
+            self._show()
+        self._show()
+
+    def _show(self):
+        if self.path.exists():
+            with open(self.path) as log:
+                log.seek(self.seen)
+                for line in log.read().splitlines():
+                    self.say(f"  {line}")
+                self.seen = log.tell()
+
+    def __exit__(self, kind, *_):
+        self.stop.set()
+        self.thread.join()
+        os.environ.pop("MSLIB_LOG") if self.before is None else os.environ.update(MSLIB_LOG=self.before)
+        self.say(f"{self.title}: {'stopped' if kind else 'done'} after {time.monotonic() - self.began:.0f} s")
+
+
+def keep_reference(name, cfg, lessons):
+    """Copy the finished stages of `cfg` to data/reference/<name>, without what a reader does not need."""
+    for lesson in lessons:
+        found = stage(lesson, cfg)
+        if found.finished:
+            shutil.copytree(
+                found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt")
+            )

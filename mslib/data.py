@@ -1,0 +1,247 @@
+"""Images as tensors in memory: CIFAR, folders and archives of images, and the embedded `shapes` set."""
+
+import hashlib
+import io
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from .files import ROOT, read_tensors, write_tensors
+from .shapes import CLASSES, draw_shapes
+
+KNOWN = ("shapes", "cifar10", "cifar100")
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images`: uint8 [N, 3, H, W]. `labels`: int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def to(self, device):
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def subset(self, index):
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training, validation (held out of training) and test images of one task."""
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    classes: tuple
+
+    @property
+    def input_shape(self):
+        """(channels, height, width)"""
+        return tuple(self.train.images.shape[1:])
+
+    @property
+    def example(self):
+        """A float batch of one image, [1, C, H, W]: what `cost`, `prune` and `latency` take."""
+        return normalize(self.train.images[:1])
+
+    @cached_property
+    def fingerprint(self):
+        """Twelve hex digits that tell these images, labels and split from any others."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            digest.update(split.images.numpy())
+            digest.update(split.labels.numpy())
+        return digest.hexdigest()[:12]
+
+    def __repr__(self):
+        shape = "×".join(map(str, self.input_shape))
+        sizes = ", ".join(f"{len(getattr(self, s)):,} {s}" for s in ("train", "val", "test"))
+        return f"Data({self.name}: {len(self.classes)} classes, {shape}, {sizes})"
+
+
+def normalize(images):
+    """uint8 [N, C, H, W] to float with mean about 0 and deviation about 1, channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(120.0).div_(64.0)
+
+
+def augment(images, generator):
+    """Random crop after padding by an eighth of the side (4 pixels for 32×32), random mirror: one draw an image.
+
+    `images`: uint8 [N, C, H, W]. The random numbers come from `generator`, a CPU generator, on every device alike.
+    """
+    n, c, h, w = images.shape
+    pad = max(1, h // 8)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    top, left = (torch.randint(2 * pad + 1, (2, n, 1), generator=generator)).to(images.device)
+    mirror = (torch.rand(n, 1, generator=generator) < 0.5).to(images.device)
+    rows = top + torch.arange(h, device=images.device)  # [N, H]
+    columns = torch.arange(w, device=images.device).expand(n, w)
+    columns = left + torch.where(mirror, w - 1 - columns, columns)  # [N, W]
+    batch = torch.arange(n, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def batches(split, size, generator=None):
+    """Yield (float images, labels) of `size`: shuffled, augmented and even with a generator, in order without."""
+    if generator is None:
+        for i in range(0, len(split), size):
+            yield normalize(split.images[i : i + size]), split.labels[i : i + size]
+        return
+    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
+    for i in range(steps_per_epoch(split, size)):
+        index = order[i * size : (i + 1) * size]
+        yield normalize(augment(split.images[index], generator)), split.labels[index]
+
+
+def steps_per_epoch(split, size):
+    return max(1, len(split) // size)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
+    """The images of `dataset`, with the share `val` of the training images (the same ones every time) held out.
+
+    `dataset`: "shapes" (drawn, no download), "cifar10", "cifar100" (torchvision, downloaded to data/ once), or the
+    path of a folder, .tar.gz or .zip with train/<class>/* and test/<class>/* (or val/<class>/* as the test set).
+    `image_size`: side in pixels to resize to; default the size of the first image (32 for shapes).
+    `sizes`: how many training and test images to draw, for shapes only.
+
+    Raises FileNotFoundError or ValueError, naming the path or the file at fault.
+    """
+    if not 0 < val < 1:
+        raise ValueError(f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1")
+    if dataset == "shapes":
+        names, train, test = _shapes(image_size or 32, *sizes)
+    elif dataset in ("cifar10", "cifar100"):
+        names, train, test = _cifar(dataset)
+    else:
+        names, train, test = _read_folder(find_dataset(dataset), image_size)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held = max(1, round(val * len(train)))
+    name = dataset if dataset in KNOWN else Path(dataset).name
+    return Data(name, train.subset(order[held:]), train.subset(order[:held]), test, tuple(names))
+
+
+def find_dataset(dataset):
+    """The path of a folder or archive, looked for from the working folder, then from the course's folder."""
+    for base in (Path.cwd(), ROOT):
+        if (base / Path(dataset).expanduser()).exists():
+            return base / Path(dataset).expanduser()
+    raise FileNotFoundError(
+        f"dataset {str(dataset)!r} is none of {', '.join(KNOWN)} and there is no such folder or archive; "
+        "expected train/<class>/* and test/<class>/* in a folder, .tar.gz or .zip"
+    )
+
+
+def _shapes(size, n_train, n_test):
+    train, test = (Split(*draw_shapes(n, size, seed)) for n, seed in ((n_train, 1), (n_test, 2)))
+    return CLASSES, train, test
+
+
+def _cifar(name):
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        sets = [kind(ROOT / "data", train=train, download=True) for train in (True, False)]
+    except Exception as error:
+        raise OSError(
+            f"{name} could not be downloaded to {ROOT / 'data'} ({error}); connect once, "
+            "give the path of a folder or archive of the images, or use dataset='shapes'"
+        ) from error
+    splits = [Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets]
+    return sets[0].classes, *splits
+
+
+def _entries(path):
+    """(name inside, bytes) of every file below a folder or in an archive."""
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            yield file.relative_to(path).as_posix(), file.read_bytes()
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    yield info.filename, archive.read(info)
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, archive.extractfile(member).read()
+
+
+def _read_folder(path, image_size):
+    """Classes, training and test split of a folder or archive; kept as tensors in data/cache for the next time."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {image_size}".encode()).hexdigest()[:16]
+    cache = ROOT / "data" / "cache" / f"{key}.pt"
+    if path.is_file() and cache.exists():  # a folder may change inside without a trace: read it anew
+        kept = read_tensors(cache)
+        return kept["classes"], Split(*kept["train"]), Split(*kept["test"])
+    found = {"train": {}, "test": {}}  # split -> {name inside: (class, pixels)}
+    side = image_size
+    try:
+        for name, content in _entries(path):
+            parts = name.strip("./").split("/")
+            if len(parts) < 3 or any(p.startswith((".", "__MACOSX")) for p in parts):
+                continue
+            split = {"train": "train", "test": "test", "val": "test", "valid": "test"}.get(parts[-3])
+            if split:
+                pixels = _decode(content, f"{path}: {name}", side)
+                side = side or pixels.shape[-1]
+                found[split][name] = (parts[-2], pixels)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a folder, .tar.gz or .zip of images: {error}") from error
+    for split, images in found.items():
+        if not images:
+            raise ValueError(f"{path} holds no {split} images; expected files like {split}/<class>/0001.png")
+    counts = {split: Counter(label for label, _ in images.values()) for split, images in found.items()}
+    classes = sorted(counts["train"])
+    for split, other in (("test", "train"), ("train", "test")):
+        missing = sorted(set(counts[other]) - set(counts[split]))
+        if missing:
+            raise ValueError(f"{path}: class {missing[0]!r} is in {other}/ but has no image in {split}/; add some")
+    if len(classes) < 2:
+        raise ValueError(f"{path} has one class, {classes[0]!r}; a classifier needs at least two")
+    splits = {}
+    for split, images in found.items():
+        rows = [images[name] for name in sorted(images)]
+        splits[split] = Split(
+            torch.stack([pixels for _, pixels in rows]), torch.tensor([classes.index(label) for label, _ in rows])
+        )
+    if path.is_file():
+        try:
+            write_tensors(cache, {"classes": classes} | {k: (s.images, s.labels) for k, s in splits.items()})
+        except OSError:
+            pass  # only a cache: without it the next start reads the archive again
+    return classes, splits["train"], splits["test"]
+
+
+def _decode(content, name, side):
+    """Bytes of an image file to uint8 [3, side, side]; grey, palette and alpha images become RGB."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.mode != "RGB":
+            image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "LA", "PA") else image.convert("RGB")
+        if side or image.width != image.height:
+            side = side or min(image.size)
+            image = image if image.size == (side, side) else image.resize((side, side))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} is not a readable image ({error}); remove it or replace it") from error

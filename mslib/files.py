@@ -1,0 +1,53 @@
+"""Files that are either whole or absent: written beside, then renamed; read without running pickled code."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/, data/, runs/
+
+
+@contextmanager
+def replacing(path):
+    """Give a temporary path beside `path`; rename it onto `path` when the block ends well, remove it otherwise."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror or error}); choose a folder you may write to") from error
+    finally:
+        beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
+
+
+def write_json(path, value):
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from None
+
+
+def write_tensors(path, value):
+    with replacing(path) as beside:
+        torch.save(value, beside)
+
+
+def read_tensors(path):
+    """What `write_tensors` wrote. ValueError that names the file when it is damaged or holds more than data."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"{path} cannot be read: truncated, damaged or not a weights file ({reason})") from None

@@ -1,0 +1,275 @@
+"""The channel graph: which layers share a channel, found by tracing the network, not by layer names.
+
+Every tensor of the network is described by the ids of its channels, one integer a channel. A convolution makes new
+ids; BatchNorm, ReLU and pooling pass them on; an addition makes two rows of ids the same; a layer that reads a tensor
+is remembered with the ids that it reads. Channels that ended up with one id can only be removed together.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from .models import PaddedShortcut
+
+ELEMENTWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Identity,
+    nn.Dropout, nn.Dropout2d, F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.silu, F.gelu,
+    F.hardswish, F.sigmoid, torch.sigmoid, torch.tanh, F.dropout, "relu", "relu_", "sigmoid", "tanh", "contiguous",
+)  # fmt: skip
+POOLING = (
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, nn.Flatten, torch.flatten, "flatten", "mean", torch.mean,
+)  # fmt: skip
+ADDITION = (operator.add, operator.iadd, torch.add, "add", "add_")
+SHAPES = ("size", getattr, operator.getitem, "dim")  # applied to a shape they touch no channel
+
+
+@dataclass
+class Value:
+    """What is known of a tensor's channels. All fields but `maker` have one entry a channel."""
+
+    ids: torch.Tensor  # int64
+    dead: torch.Tensor  # bool: zero everywhere once γ and β of the channel's BatchNorms are zero
+    constant: torch.Tensor  # what it holds once γ alone is zero
+    maker: str = ""  # the module that made it, when nothing stands between
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module names)."""
+
+    size: int
+    writers: tuple
+    norms: tuple
+    readers: tuple
+    reason: str = ""  # why it cannot be pruned; empty if it can
+
+    def __str__(self):
+        def short(names):
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+        text = f"{self.size} channels: {short(self.writers)} -> {short(self.norms) or 'no BatchNorm'} -> {short(self.readers)}"
+        return text + (f"  [kept: {self.reason}]" if self.reason else "")
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, PaddedShortcut) or super().is_leaf_module(module, name)
+
+
+class ChannelGraph:
+    """The channels of `model` and the layers that share them.
+
+    `outputs`, `norms`, `inputs`: module name -> ids of the channels it writes, scales, reads.
+    `constants`: reader -> what each channel it reads would hold with γ = 0. `pads`: option-A shortcuts.
+    `norm_after`: convolution -> the BatchNorm right behind it. `norm_beside`: shortcut -> the BatchNorm it is added to.
+    `root[id]`: the id that stands for all ids joined with it. `reasons`: root -> why it must stay.
+
+    Raises ValueError when the network cannot be traced.
+    """
+
+    def __init__(self, model):
+        self.modules = dict(model.named_modules())
+        self.parent, self.kept, self.needs = [], {}, []
+        self.outputs, self.norms, self.inputs, self.constants, self.pads = {}, {}, {}, {}, {}
+        self.norm_after, self.norm_beside = {}, {}
+        try:
+            nodes = list(_Tracer().trace(model).nodes)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
+                "its forward must not branch on tensor values"
+            ) from error
+        values = {}
+        for node in nodes:
+            values[node] = self._visit(node, values)
+        self.root = torch.tensor([self._find(i) for i in range(len(self.parent))])
+        self.reasons = {self._find(i): reason for i, reason in self.kept.items()}
+
+    # -- joining channels --
+
+    def _fresh(self, n):
+        start = len(self.parent)
+        self.parent.extend(range(start, start + n))
+        return torch.arange(start, start + n)
+
+    def _find(self, i):
+        while self.parent[i] != i:
+            self.parent[i] = i = self.parent[self.parent[i]]
+        return i
+
+    def _join(self, a, b):
+        for i, j in zip(a.tolist(), b.tolist()):
+            self.parent[self._find(i)] = self._find(j)
+
+    def _keep(self, ids, reason):
+        for i in ids.tolist():
+            self.kept.setdefault(i, reason)
+
+    def _note(self, table, name, ids):
+        """Remember that module `name` touches `ids`; a module called twice touches the same channels twice."""
+        if name in table:
+            self._join(table[name], ids)
+        table.setdefault(name, ids)
+
+    # -- one node of the traced network --
+
+    def _visit(self, node, values):
+        inputs = [values[n] for n in node.all_input_nodes]
+        known = [v for v in inputs if isinstance(v, Value)]
+        if node.op == "output":
+            for v in known:
+                self._keep(v.ids, "it is an output of the network")
+        if node.op in ("placeholder", "get_attr", "output"):
+            return None
+        target = self.modules[node.target] if node.op == "call_module" else node.target
+        kind = type(target) if node.op == "call_module" else target
+        if isinstance(target, nn.Module) and type(target).__module__.startswith("torch.nn") or kind is PaddedShortcut:
+            layer = self._layer(node.target, target, known[0] if known else None)
+            if layer is not NotImplemented:
+                return layer
+        if not known:
+            return None  # the network's input, or a shape
+        value = known[0]
+        if kind in ELEMENTWISE and len(known) == 1:
+            return self._elementwise(value, target, node)
+        if kind in POOLING and len(known) == 1 and _pools(node, kind):
+            return Value(value.ids, value.dead, value.constant)
+        if kind in ADDITION and len(known) == len(node.args) == 2 and len(known[0].ids) == len(known[1].ids):
+            return self._add(*known)
+        if kind in SHAPES and (kind == "size" or kind == "dim" or node.args[1] in ("shape", "ndim")):
+            return None
+        if kind in ("view", "reshape", torch.reshape) and node.args[-1] == -1 and len(node.args) == 3:
+            return Value(value.ids, value.dead, value.constant)  # view(n, -1): flatten
+        if kind is operator.getitem and isinstance(node.args[1], tuple) and node.args[1][:2] == (slice(None),) * 2:
+            return Value(value.ids, value.dead, value.constant)  # x[:, :, ::2, ::2]
+        what = type(target).__name__ if node.op == "call_module" else getattr(target, "__name__", str(target))
+        for v in known:
+            self._keep(v.ids, f"it enters {what!r} ({node.name}), which mslib cannot cut")
+        return None
+
+    def _layer(self, name, m, value):
+        """A layer with weights; NotImplemented for any other."""
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            width = m.out_channels if isinstance(m, nn.Conv2d) else m.out_features
+            if value is not None:
+                self._read(name, m, value)
+            out = self._fresh(width)
+            if getattr(m, "groups", 1) > 1:
+                self._keep(out, f"{name} is a grouped convolution, which mslib cannot cut")
+            self._note(self.outputs, name, out)
+            return Value(out, torch.zeros(width, dtype=torch.bool), torch.zeros(width), name)
+        if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)) and value is not None:
+            self._note(self.norms, name, value.ids)
+            if isinstance(self.modules.get(value.maker), nn.Conv2d):
+                self.norm_after[value.maker] = name
+            if m.weight is None:
+                self._keep(value.ids, f"{name} has no γ (affine=False)")
+                return Value(value.ids, torch.zeros_like(value.dead), torch.zeros_like(value.constant), name)
+            return Value(value.ids, torch.ones_like(value.dead), m.bias.detach().cpu().float(), name)
+        if isinstance(m, PaddedShortcut) and value is not None:
+            source = m.source.cpu()
+            out = self._fresh(len(source))
+            self.needs += [(int(j), int(value.ids[s - 1])) for j, s in zip(out, source) if s > 0]
+            dead = torch.cat([torch.ones(1, dtype=torch.bool), value.dead])[source]
+            constant = torch.cat([torch.zeros(1), value.constant])[source]
+            self.pads[name] = (value.ids, out, constant)
+            return Value(out, dead, constant, name)
+        return NotImplemented
+
+    def _read(self, name, m, value):
+        ids, dead, constant = value.ids, value.dead, value.constant
+        if isinstance(m, nn.Linear) and m.in_features != len(ids):  # flattened with its pixels
+            if m.in_features % len(ids):
+                raise ValueError(f"{name} reads {m.in_features} features from {len(ids)} channels: not a whole number each")
+            ids, dead, constant = (t.repeat_interleave(m.in_features // len(t)) for t in (ids, dead, constant))
+        if getattr(m, "groups", 1) > 1:
+            self._keep(ids, f"it is read by {name}, a grouped convolution, which mslib cannot cut")
+        self._keep(ids[~dead], f"{name} reads it before any BatchNorm has scaled it")
+        self._note(self.inputs, name, ids)
+        self.constants[name] = constant
+
+    def _elementwise(self, value, target, node):
+        def f(x):
+            if node.op == "call_method":
+                return getattr(x.clone(), target)()
+            if isinstance(target, nn.Module):
+                return type(target).forward(target, x.clone()) if not isinstance(target, (nn.Dropout, nn.Dropout2d)) else x
+            return x if target is F.dropout else target(x.clone())
+
+        with torch.no_grad():
+            zero_stays = bool(f(torch.zeros(1)) == 0)
+            return Value(value.ids, value.dead & zero_stays, f(value.constant))
+
+    def _add(self, a, b):
+        self._join(a.ids, b.ids)
+        for pad, norm in ((a, b), (b, a)):
+            if pad.maker in self.pads and norm.maker in self.norms:
+                self.norm_beside[pad.maker] = norm.maker
+        return Value(a.ids, a.dead & b.dead, a.constant + b.constant)
+
+    # -- answers --
+
+    def groups(self):
+        """The channels in `Group`s, in the order of the network."""
+        touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+        tables = (self.outputs, self.norms, self.inputs)
+        for place, table in enumerate(tables):
+            for name, ids in table.items():
+                for r in self.root[ids].unique().tolist():
+                    touching.setdefault(r, ({}, {}, {}))[place][name] = None
+        sizes = {}
+        for r, places in touching.items():
+            key = tuple(tuple(p) for p in places) + (self.reasons.get(r, ""),)
+            sizes[key] = sizes.get(key, 0) + 1
+        order = {name: i for i, name in enumerate(self.modules)}
+        found = [Group(n, *key) for key, n in sizes.items()]
+        return sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0))
+
+    def prunable_norms(self, residual=False):
+        """Names of the BatchNorms whose channels can be removed, in order.
+
+        Without `residual`, only those that share their channels with no other BatchNorm (a block's inner channels).
+        """
+        shared = {}
+        for name, ids in self.norms.items():
+            for r in self.root[ids].unique().tolist():
+                shared.setdefault(r, []).append(name)
+        return [
+            name for name, ids in self.norms.items()
+            if all(r not in self.reasons and (residual or shared[r] == [name]) for r in self.root[ids].unique().tolist())
+        ]  # fmt: skip
+
+    def reason(self, norm):
+        """Why BatchNorm `norm` cannot be pruned; empty if it can."""
+        return next((self.reasons[r] for r in self.root[self.norms[norm]].tolist() if r in self.reasons), "")
+
+    def dropped(self, masks):
+        """Bool [number of ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
+        drop = torch.zeros(len(self.root), dtype=torch.bool)
+        keep = torch.zeros(len(self.root), dtype=torch.bool)
+        for name, ids in self.norms.items():
+            mask = masks.get(name)
+            drop[self.root[ids]] = True
+            keep[self.root[ids] if mask is None else self.root[ids][mask.cpu()]] = True
+        keep[list(self.reasons)] = True
+        drop &= ~keep
+        changed = True
+        while changed:  # a padded channel is empty only if the channel that it copies goes too
+            wrong = [int(self.root[j]) for j, i in self.needs if drop[self.root[j]] and not drop[self.root[i]]]
+            changed = bool(wrong)
+            drop[wrong] = False
+        return drop[self.root]
+
+
+def _pools(node, kind):
+    """Whether flatten starts behind the channels and mean is taken over the pixels: both leave channels apart."""
+    rest = [*node.args[1:], *node.kwargs.values()]
+    if kind in ("flatten", torch.flatten):
+        return rest[:1] == [1]
+    if kind in ("mean", torch.mean):
+        return bool(rest) and sorted(d % 4 for d in rest[0]) == [2, 3] if rest and not isinstance(rest[0], int) else False
+    return True

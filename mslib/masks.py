@@ -1,0 +1,128 @@
+"""Keep-masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep.
+
+A mask is plain data. The functions here make one from γ (or from any scores), check one, save one and load one.
+"""
+
+import difflib
+import logging
+
+import torch
+
+from .cost import cost
+from .files import read_tensors, write_tensors
+from .graph import ChannelGraph
+
+log = logging.getLogger("mslib")
+
+
+def gammas(model, residual=False):
+    """|γ| of every prunable BatchNorm: dict[module name -> float tensor [channels]].
+
+    residual: also those of the residual channel spaces (shared by all blocks of a stage), not only inner channels.
+    """
+    graph = ChannelGraph(model)
+    return {name: graph.modules[name].weight.detach().abs().float().cpu() for name in graph.prunable_norms(residual)}
+
+
+def masks_below(model, threshold, residual=False):
+    """Drop every channel with |γ| < `threshold`; a layer that would be emptied keeps its largest (and a log line says so).
+
+    Network Slimming and MaskSparsity prune by such a threshold (0.01 in MaskSparsity's released scripts).
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold {threshold}: |γ| is compared with it, so it must be above 0, for example 0.01")
+    graph = ChannelGraph(model)
+    scores = _shared_scores(graph, gammas(model, residual))
+    return _with_floor(graph, {name: s >= threshold for name, s in scores.items()}, scores)
+
+
+def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None):
+    """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is gone.
+
+    `reduction`: fraction of the MACs to remove, in (0, 1). `scores`: dict like the masks, the higher the more worth
+    keeping; default |γ|. Every layer keeps at least one channel. The result is the smallest cut that reaches the goal.
+
+    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached.
+    """
+    if not 0 < reduction < 1:
+        raise ValueError(f"reduction {reduction}: the fraction of MACs to remove lies between 0 and 1, for example 0.5")
+    graph, layers = ChannelGraph(model), cost(model, example).layers
+    scores = _shared_scores(graph, scores or gammas(model, residual))
+    if not scores:
+        raise ValueError(f"{type(model).__name__} has no prunable BatchNorm; ms.channel_groups(model) says why")
+    ordered = torch.cat(list(scores.values())).sort().values
+
+    def cut(count):
+        below = {name: s > ordered[count - 1] if count else torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
+        return _with_floor(graph, below, scores, tell=False)
+
+    total, low, high = sum(layers.values()), 0, len(ordered)
+    most = 1 - remaining_macs(graph, cut(high), layers) / total
+    if most < reduction:
+        raise ValueError(
+            f"reduction {reduction} is out of reach: with one channel left in each layer {most:.1%} of the MACs are gone"
+            + ("" if residual else "; residual=True reaches further")
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = remaining_macs(graph, cut(middle), layers) <= (1 - reduction) * total
+        low, high = (low, middle) if reached else (middle, high)
+    return _with_floor(graph, cut(high), scores)
+
+
+def remaining_macs(graph, masks, layers):
+    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels it keeps."""
+    drop = graph.dropped(masks)
+    kept = lambda table, name: float((~drop[table[name]]).float().mean()) if name in table else 1.0  # noqa: E731
+    return round(sum(macs * kept(graph.inputs, name) * kept(graph.outputs, name) for name, macs in layers.items()))
+
+
+def _shared_scores(graph, scores):
+    """A channel shared by several BatchNorms is worth as much as the best of them says."""
+    best = torch.full((len(graph.root),), -torch.inf)
+    for name, s in scores.items():
+        best.scatter_reduce_(0, graph.root[graph.norms[name]], s.float(), "amax")
+    return {name: best[graph.root[graph.norms[name]]] for name in scores}
+
+
+def _with_floor(graph, masks, scores, tell=True):
+    """Keep the best channel of a layer that would lose all, and make the masks say what `prune` will do."""
+    emptied = [name for name, keep in masks.items() if not keep.any()]
+    if emptied:
+        masks = dict(masks)
+        for name in emptied:
+            masks[name] = torch.arange(len(scores[name])) == scores[name].argmax()
+        if tell:
+            log.warning("one channel kept in %s: it would have lost all", ", ".join(emptied))
+    drop = graph.dropped(masks)
+    return {name: ~drop[graph.norms[name]] for name in masks}
+
+
+def check_masks(graph, masks):
+    """ValueError that names the layer when `masks` do not fit the network of `graph`."""
+    for name, mask in masks.items():
+        if name not in graph.norms:
+            near = difflib.get_close_matches(name, graph.norms, 1)
+            raise ValueError(f"mask for {name!r}: the network has no such BatchNorm" + (f"; {near[0]!r}?" if near else ""))
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
+        if mask.shape != graph.norms[name].shape:
+            raise ValueError(f"mask for {name!r} has shape {list(mask.shape)}; the layer has {len(graph.norms[name])} channels")
+        if not mask.any():
+            raise ValueError(f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer")
+        if not mask.all() and graph.reason(name):
+            raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}")
+
+
+def save_masks(masks, path):
+    write_tensors(path, {name: mask.cpu() for name, mask in masks.items()})
+
+
+def load_masks(path):
+    return read_tensors(path)
+
+
+def channel_groups(model):
+    """The groups of channels that can only be removed together; print them to read who shares with whom."""
+    return ChannelGraph(model).groups()

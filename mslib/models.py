@@ -1,0 +1,172 @@
+"""The CIFAR ResNets (He et al. 2016, section 4.2) and how to save a network of any width."""
+
+import copy
+
+import torch
+from torch import nn
+
+from .files import read_tensors, write_tensors
+
+
+class PaddedShortcut(nn.Module):
+    """Option-A shortcut: subsample by `stride`, then pad the new channels with zeros (no parameters).
+
+    Output channel `j` copies input channel `source[j] - 1`; `source[j] = 0` makes it zero.
+    A buffer, so that a pruned shortcut is saved and loaded like any weight.
+    """
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        before = (out_channels - in_channels) // 2
+        source = torch.zeros(out_channels, dtype=torch.long)
+        source[before : before + in_channels] = torch.arange(1, in_channels + 1)
+        self.stride = stride
+        self.register_buffer("source", source)
+
+    def forward(self, x):  # [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
+        x = x[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(x, (0, 0, 0, 0, 1, 0)).index_select(1, self.source)
+
+    def extra_repr(self):
+        return f"{int((self.source > 0).sum())} -> {len(self.source)}, stride={self.stride}"
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same else PaddedShortcut(in_channels, out_channels, stride)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))  # the inner channels: nobody else reads them
+        out = self.bn2(self.conv2(out))  # the residual channels: every block of the stage adds to them
+        return self.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A stem and three stages of `blocks` basic blocks with 16, 32 and 64 channels: depth 6·blocks + 2."""
+
+    def __init__(self, blocks, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.stage1 = self._stage(16, 16, blocks, stride=1)
+        self.stage2 = self._stage(16, 32, blocks, stride=2)
+        self.stage3 = self._stage(32, 64, blocks, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        initialize(self)
+
+    @staticmethod
+    def _stage(in_channels, out_channels, blocks, stride):
+        first = BasicBlock(in_channels, out_channels, stride)
+        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x):  # [N, 3, H, W], H and W divisible by 4
+        x = self.relu(self.bn(self.conv(x)))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(self.pool(x).flatten(1))  # [N, num_classes]
+
+
+def initialize(model):
+    """Draw the convolutions anew as He does, with γ = 0 in the last BatchNorm of a block: each block starts as its
+    shortcut, and 56 layers train from the first step (Goyal et al. 2017)."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(m, nn.BatchNorm2d):
+            m.reset_parameters()
+    for m in model.modules():
+        if isinstance(m, BasicBlock):
+            nn.init.zeros_(m.bn2.weight)
+
+
+def untrained(model):
+    """A network of the same widths as `model`, a ResNet pruned or not, with fresh random weights."""
+    fresh = copy.deepcopy(model)
+    fresh.fc.reset_parameters()
+    initialize(fresh)
+    return fresh
+
+
+def resnet(depth=56, num_classes=10, in_channels=3):
+    """CIFAR ResNet of `depth` layers (20, 32, 44, 56, 110 …: 6n + 2), option-A shortcuts, for 32×32 images.
+
+    Raises ValueError for a depth that is not 6n + 2.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth {depth}: a CIFAR ResNet has 6n + 2 layers; try 20, 32, 44, 56 or 110")
+    model = ResNet((depth - 2) // 6, num_classes, in_channels)
+    model.recipe = {"network": "resnet", "depth": depth, "num_classes": num_classes, "in_channels": in_channels}
+    return model
+
+
+# ---- networks in files ---------------------------------------------------------------------------------------------
+
+
+def save(model, path):
+    """Write weights, widths and the recipe of `model` to `path`; a pruned network is saved like any other."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_tensors(path, {"recipe": getattr(model, "recipe", None), "state": state})
+
+
+def load(path, model=None):
+    """The network that `save` wrote to `path`, with the widths it had, on the CPU.
+
+    `model`: for a network that is not mslib's own, a fresh unpruned instance to pour the weights into.
+    Raises FileNotFoundError, or ValueError for a damaged file or one of another network.
+    """
+    content = read_tensors(path)
+    if not isinstance(content, dict) or "state" not in content:
+        raise ValueError(f"{path} was not written by ms.save; for a plain state_dict use model.load_state_dict")
+    if model is None:
+        if not content["recipe"]:
+            raise ValueError(f"{path} holds a network that mslib does not build; pass an unpruned one: load(path, model)")
+        model = build(content["recipe"])
+    return resize(model, content["state"], path)
+
+
+def build(recipe):
+    """The network of a recipe such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}."""
+    arguments = dict(recipe)
+    network = arguments.pop("network")
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
+    return NETWORKS[network](**arguments)
+
+
+def resize(model, state, origin="the state"):
+    """Give every layer of `model` the widths of `state` (a state_dict), then load it. Returns `model`."""
+    for name, m in model.named_modules():
+        own = f"{name}.source" if isinstance(m, PaddedShortcut) else f"{name}.weight"
+        if own not in state:
+            continue
+        shape = state[own].shape
+        if isinstance(m, nn.Conv2d):
+            depthwise = m.groups == m.in_channels
+            m.groups = shape[0] if depthwise and m.groups > 1 else m.groups
+            m.out_channels, m.in_channels = shape[0], shape[1] * m.groups
+        elif isinstance(m, nn.BatchNorm2d):
+            m.num_features = shape[0]
+        elif isinstance(m, nn.Linear):
+            m.out_features, m.in_features = shape
+        for kind in (m._parameters, m._buffers):
+            for key, old in kind.items():
+                new = state.get(f"{name}.{key}")
+                if old is not None and new is not None and old.shape != new.shape:
+                    fresh = torch.empty(new.shape, dtype=old.dtype, device=old.device)
+                    kind[key] = nn.Parameter(fresh) if kind is m._parameters else fresh
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{origin} does not fit {type(model).__name__}: {str(error).splitlines()[1].strip()}") from None
+    return model
+
+
+NETWORKS = {"resnet": resnet}

@@ -1,0 +1,75 @@
+"""Sparsity penalties: callables without arguments that return one scalar loss term."""
+
+import torch
+
+from .graph import ChannelGraph
+from .masks import check_masks
+from .train import MOMENTUM, learning_rates
+
+
+class _GammaL1:
+    """λ·Σ|γ| over chosen channels: by its subgradient λ·sign(γ), or (proximal) by soft-thresholding after each step."""
+
+    def __init__(self, model, chosen, strength, proximal):
+        """`chosen`: dict[BatchNorm name -> BoolTensor[channels]], True = penalized."""
+        if not strength > 0:
+            raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
+        modules = dict(model.named_modules())
+        self.strength, self.proximal = float(strength), proximal
+        self.channels = sum(int(c.sum()) for c in chosen.values())
+        self.weights = [(modules[name].weight, c.to(modules[name].weight)) for name, c in chosen.items()]
+
+    def __repr__(self):
+        step = ", proximal" if self.proximal else ""
+        return f"{type(self).__name__}({self.channels} channels, strength={self.strength:g}{step})"
+
+    def __call__(self):
+        """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
+        for i, (gamma, chosen) in enumerate(self.weights):
+            if chosen.device != gamma.device:
+                self.weights[i] = gamma, chosen.to(gamma.device)
+        value = self.strength * sum((gamma.abs() * chosen).sum() for gamma, chosen in self.weights)
+        return value.detach() if self.proximal else value
+
+    @torch.no_grad()
+    def proximal_step(self, lr):
+        """Soft-threshold the penalized γ by lr·λ: γ <- sign(γ)·max(|γ| - lr·λ, 0), exact zeros included.
+
+        `fit` passes lr / (1 - momentum), so that a strength means the same push as with the subgradient.
+        """
+        if self.proximal:
+            for gamma, chosen in self.weights:
+                gamma.copy_(gamma.sign() * (gamma.abs() - lr * self.strength * chosen.to(gamma.device)).clamp_min_(0))
+
+
+class GlobalL1(_GammaL1):
+    """λ·Σ|γ| over every prunable channel (Network Slimming, Liu et al. 2017; MaskSparsity, section 3.1).
+
+    residual: include the channels that the blocks of a stage share, not only the inner ones.
+    proximal: exact zeros by soft-thresholding instead of the subgradient (not in the papers).
+    """
+
+    def __init__(self, model, strength, residual=False, proximal=False):
+        norms = dict(model.named_modules())
+        names = ChannelGraph(model).prunable_norms(residual)
+        super().__init__(model, {n: torch.ones_like(norms[n].weight, dtype=torch.bool) for n in names}, strength, proximal)
+
+
+class MaskedL1(_GammaL1):
+    """λ·Σ|γ| over the channels that `masks` drops, and no others (MaskSparsity, section 3.3).
+
+    masks: dict[BatchNorm name -> BoolTensor[channels]], True = keep. Raises ValueError where they do not fit `model`.
+    proximal: exact zeros by soft-thresholding instead of the subgradient (not in the paper).
+    """
+
+    def __init__(self, model, masks, strength, proximal=False):
+        check_masks(ChannelGraph(model), masks)
+        super().__init__(model, {name: ~keep for name, keep in masks.items()}, strength, proximal)
+
+
+def push(strength, lr, steps, schedule="onecycle"):
+    """How far λ can move one γ in a run of `steps` iterations: Σ lr·λ / (1 - momentum).
+
+    γ starts near 0.5 to 1: a run whose push is well below that cannot drive channels to zero, whatever λ is.
+    """
+    return float(learning_rates(lr, steps, schedule).sum()) * strength / (1 - MOMENTUM)

@@ -1,0 +1,155 @@
+"""The course's figures: one message each, said in its title; the same colour for the same method everywhere."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from torch import nn
+
+from .masks import channel_groups
+
+sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.titlesize": 11, "axes.titleweight": "bold"})
+
+_palette = sns.color_palette("colorblind")
+COLORS = {
+    "baseline": "#555555", "dense": "#555555", "global": _palette[1], "masked": _palette[0], "proximal": _palette[4],
+    "scratch": _palette[2], "published": "#111111", "kept": _palette[0], "dropped": _palette[3],
+}  # fmt: skip
+
+
+def color(name):
+    """The colour of the method that `name` mentions; None, the next of the cycle, if it mentions none."""
+    return next((c for key, c in COLORS.items() if key in name.lower()), None)
+
+
+def figure(title, width=8.0, height=3.4, columns=1, **kwargs):
+    """A figure with `columns` axes and the message `title`; returns (figure, axes)."""
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
+    fig.suptitle(title, fontsize=12, fontweight="bold")
+    return fig, axes
+
+
+def images(split, classes, title, each=8):
+    """`each` images of every class, a column a class."""
+    fig, axes = figure(title, 8, 0.62 * each + 0.7)
+    h, w = split.images.shape[2:]
+    rows = [split.images[split.labels == c][:each] for c in range(min(10, len(classes)))]
+    grid = torch.stack(rows).permute(1, 3, 0, 4, 2).reshape(each * h, len(rows) * w, 3)
+    axes.imshow(grid, interpolation="nearest", aspect="auto")
+    axes.set_xticks(np.arange(len(rows)) * w + w / 2 - 0.5, list(classes)[: len(rows)], rotation=30)
+    axes.set_yticks([])
+    axes.grid(False)
+
+
+def curves(histories, title, columns=("loss", "val_top1")):
+    """Training histories over epochs. `histories`: dict[name -> frame of `fit`]."""
+    labels = {
+        "loss": "training loss (cross-entropy)", "val_top1": "held-out top-1 (%)", "lr": "learning rate",
+        "penalty": "penalty (added to the loss)", "gamma_below": "share of |γ| < 0.01", "gamma_median": "median |γ|",
+    }  # fmt: skip
+    fig, axes = figure(title, columns=len(columns))
+    for ax, column in zip(np.atleast_1d(axes), columns):
+        for name, frame in histories.items():
+            ax.plot(frame.epoch, frame[column], "o-", ms=3, color=color(name), label=name)
+        ax.set(xlabel="epoch", ylabel=labels[column])
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(histories) > 1:
+        np.atleast_1d(axes)[-1].legend()
+
+
+def keep_flags(model, masks):
+    """For every BatchNorm channel in the order of the network: 1 kept, 0 dropped, nan not in `masks` (float [channels])."""
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    return np.concatenate([masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan) for n, m in norms])
+
+
+def gamma_histograms(panels, title, flags, threshold=None):
+    """|γ| of the maskable channels, kept and dropped apart. `panels`: dict[name -> |γ| of every channel]."""
+    fig, axes = figure(title, columns=len(panels), sharey=True)
+    values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
+    top = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
+    for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
+        for flag, label in ((1, "kept"), (0, "dropped")):
+            ax.hist(gamma[flags == flag], bins=np.linspace(0, top, 50), color=COLORS[label], alpha=0.7, label=label)
+        if threshold:
+            ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
+        ax.set(title=name, xlabel="|γ|", yscale="log")
+    np.atleast_1d(axes)[0].set_ylabel("channels (log scale)")
+    np.atleast_1d(axes)[-1].legend()
+
+
+def gamma_paths(panels, title, flags):
+    """Median and 5–95 % band of |γ| after each epoch, kept and dropped apart. `panels`: dict[name -> snapshots]."""
+    fig, axes = figure(title, columns=len(panels), sharey=True)
+    for ax, (name, snapshots) in zip(np.atleast_1d(axes), panels.items()):
+        gamma = np.asarray(snapshots, dtype=float)
+        for flag, label in ((1, "kept"), (0, "dropped")):
+            low, middle, high = np.quantile(gamma[:, flags == flag], [0.05, 0.5, 0.95], axis=1)
+            ax.plot(middle, "o-", ms=3, color=COLORS[label], label=f"{label} (median)")
+            ax.fill_between(range(len(middle)), low, high, color=COLORS[label], alpha=0.2, lw=0)
+        ax.set(title=name, xlabel="epochs with the penalty")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    np.atleast_1d(axes)[0].set_ylabel("|γ|")
+    np.atleast_1d(axes)[-1].legend()
+
+
+def kept_channels(masks, title):
+    """How many channels each layer keeps of how many."""
+    fig, ax = figure(title)
+    total, kept = ([int(f(m)) for m in masks.values()] for f in (len, torch.sum))
+    x = np.arange(len(masks))
+    ax.bar(x, total, color=COLORS["dropped"], alpha=0.35, label="dropped")
+    ax.bar(x, kept, color=COLORS["kept"], label="kept")
+    ax.set_xticks(x, [n.replace("stage", "s").replace(".bn", " bn") for n in masks], rotation=90, fontsize=7)
+    ax.set(xlabel="BatchNorm layer, input to output", ylabel="channels")
+    ax.legend()
+
+
+def bars(table, title, value, unit, label="network", reference=None, start=0):
+    """Horizontal bars of one column. `reference`: (value, text) of a published figure, marked by a line."""
+    fig, ax = figure(title, 8, 0.42 * len(table) + 1.2)
+    y = np.arange(len(table))[::-1]
+    ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table[label]])
+    for yy, v in zip(y, table[value]):
+        ax.annotate(f"{v:,.2f}", (v, yy), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_yticks(y, table[label])
+    ax.set(xlabel=unit)
+    ax.set_xlim(start, table[value].max() + 0.1 * (table[value].max() - start))
+    if reference:
+        ax.axvline(reference[0], color=COLORS["published"], ls=":", label=reference[1])
+        ax.legend(loc="lower left", fontsize=8)
+
+
+def groups(model, title):
+    """Which layers of `model` touch which group of channels: a row a layer, a column a group."""
+    found = channel_groups(model)
+    touched = {n for g in found for n in (*g.writers, *g.norms, *g.readers)}
+    layers = [name for name, _ in model.named_modules() if name in touched]
+    marks = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}
+    fig, ax = figure(title, 8, 0.2 * len(layers) + 1.5)
+    for column, g in enumerate(found):
+        rows = [layers.index(n) for n in (*g.writers, *g.norms, *g.readers)]
+        ink = COLORS["masked"] if len(g.norms) == 1 else COLORS["global"] if g.norms else COLORS["dense"]
+        ax.plot([column] * 2, [min(rows), max(rows)], color=ink, alpha=0.35, lw=5, solid_capstyle="round")
+        for kind, (mark, word) in marks.items():
+            ys = [layers.index(n) for n in getattr(g, kind)]
+            ax.scatter([column] * len(ys), ys, marker=mark, s=34, color=ink, edgecolor="white", zorder=3, label=word if column == 0 else None)
+    ax.set_yticks(range(len(layers)), layers, fontsize=7)
+    ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
+    ax.set(xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)")
+    ax.invert_yaxis()
+    ax.legend(loc="upper right", fontsize=8)
+
+
+def lines(x, ys, title, xlabel, ylabel, xticks=None):
+    """Simple curves. `ys`: dict[name -> values]."""
+    fig, ax = figure(title)
+    for name, y in ys.items():
+        ax.plot(x, y, "o-", ms=3, label=name, color=color(name))
+    if xticks is not None:
+        ax.set_xticks(x, xticks, rotation=90, fontsize=7)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if len(ys) > 1:
+        ax.legend()

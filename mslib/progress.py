@@ -1,0 +1,45 @@
+"""One line of progress that looks right in a notebook, in a terminal and in a log file."""
+
+import os
+import sys
+import time
+
+
+class Progress:
+    """`update` shows the state of the moment where it can be overwritten; `close` leaves the last line standing.
+
+    Notebook: one output, updated in place (and in the stored copy, the last state only). Terminal: one line.
+    Elsewhere: a line for each `keep`. A file named by the variable MSLIB_LOG gets the same lines as a log file,
+    which is how `python -m mslib run` shows what a notebook in another process is doing.
+    """
+
+    def __init__(self, title):
+        self.title, self.shown, self.handle = title, 0.0, None
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        self.notebook = type(shell).__name__ == "ZMQInteractiveShell"
+        self.terminal = not self.notebook and sys.stderr.isatty()
+
+    def update(self, text, keep=False):
+        line = f"{self.title}: {text}"
+        if keep and os.environ.get("MSLIB_LOG"):
+            with open(os.environ["MSLIB_LOG"], "a") as log:
+                log.write(line + "\n")
+        if not keep and time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        if self.notebook:
+            from IPython.display import display
+
+            content = {"text/plain": line}
+            if self.handle is None:
+                self.handle = display(content, raw=True, display_id=True)
+            else:
+                self.handle.update(content, raw=True)
+        elif self.terminal:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif keep:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.terminal:
+            print(file=sys.stderr)

@@ -1,0 +1,114 @@
+"""Surgery: from a network and a keep-mask to a smaller network that computes the same."""
+
+import copy
+
+import torch
+from torch import nn
+
+from .graph import ChannelGraph
+from .masks import check_masks
+from .models import resize
+
+
+@torch.no_grad()
+def prune(model, masks, example=None, fold_bias=False):
+    """A new network without the channels that `masks` drops; `model` stays as it is.
+
+    masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not named keep all
+    their channels; channels that several BatchNorms share (a residual stage) go where all of them drop them.
+    The result computes what `zero_masked(model, masks)` computes, up to rounding.
+
+    fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β). With True it goes into
+    the BatchNorm (running mean) or the bias behind the next layer, as `zero_masked(…, keep_bias=True)` computes it,
+    exactly but for the padded border of the image, where the next convolution saw zeros instead. Not in the papers.
+
+    example: float [N, C, H, W]; when given, both networks run on it and the result is refused if they differ.
+
+    Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no channel, or ask for
+    channels that cannot be cut safely (with the reason), and for networks that cannot be traced.
+    """
+    small = copy.deepcopy(model)
+    graph = ChannelGraph(small)
+    check_masks(graph, masks)
+    drop = graph.dropped(masks)
+    if fold_bias:
+        _fold(graph, drop)
+    state = small.state_dict()
+    for name, ids in graph.outputs.items():
+        _cut(state, name, ("weight", "bias"), 0, ~drop[ids])
+    for name, ids in graph.norms.items():
+        _cut(state, name, ("weight", "bias", "running_mean", "running_var"), 0, ~drop[ids])
+    for name, ids in graph.inputs.items():
+        _cut(state, name, ("weight",), 1, ~drop[ids])
+    for name, (read, written, _) in graph.pads.items():
+        kept = ~drop[read]
+        place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
+        source = state[f"{name}.source"]
+        state[f"{name}.source"] = place.to(source.device)[source[~drop[written].to(source.device)]]
+    resize(small, state)
+    if example is not None:
+        _verify(small, zero_masked(model, masks), example, fold_bias)
+    return small
+
+
+def _cut(state, name, keys, dim, keep):
+    if keep.all():
+        return
+    for key in keys:
+        tensor = state.get(f"{name}.{key}")
+        if tensor is not None:
+            index = keep.nonzero().squeeze(1).to(tensor.device)
+            state[f"{name}.{key}"] = tensor.index_select(dim, index)
+
+
+def _fold(graph, drop):
+    """Carry relu(β) of the dropped channels into what follows each layer that reads them."""
+    for name, ids in graph.inputs.items():
+        layer, lost = graph.modules[name], torch.where(drop[ids], graph.constants[name], 0)
+        if not lost.any():
+            continue
+        lost = lost.to(layer.weight)
+        sent = layer.weight.flatten(2).sum(2) @ lost if isinstance(layer, nn.Conv2d) else layer.weight @ lost
+        if name in graph.norm_after:
+            graph.modules[graph.norm_after[name]].running_mean -= sent
+        elif layer.bias is not None:
+            layer.bias += sent
+        else:
+            layer.bias = nn.Parameter(sent)
+    for name, (read, written, constant) in graph.pads.items():
+        source = graph.modules[name].source.cpu()
+        gone = torch.cat([torch.zeros(1, dtype=torch.bool), drop[read]])[source] & ~drop[written]
+        if gone.any() and name in graph.norm_beside:
+            bias = graph.modules[graph.norm_beside[name]].bias
+            bias += torch.where(gone, constant, 0).to(bias)
+
+
+@torch.no_grad()
+def zero_masked(model, masks, keep_bias=False):
+    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
+
+    It computes what `prune(model, masks)` computes, and is how every cut is checked. keep_bias: zero γ only.
+    """
+    zeroed = copy.deepcopy(model)
+    graph = ChannelGraph(zeroed)
+    check_masks(graph, masks)
+    drop = graph.dropped(masks)
+    for name, ids in graph.norms.items():
+        norm = graph.modules[name]
+        norm.weight[drop[ids].to(norm.weight.device)] = 0
+        if not keep_bias:
+            norm.bias[drop[ids].to(norm.bias.device)] = 0
+    return zeroed
+
+
+def _verify(small, zeroed, example, fold_bias):
+    example = example.to(next(small.parameters()).device)
+    modes = small.training, zeroed.training
+    small.eval(), zeroed.eval()
+    a, b = small(example), zeroed(example)
+    small.train(modes[0])
+    if a.shape != b.shape or not (fold_bias or torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))):
+        raise ValueError(
+            f"the pruned network differs from the masked one by {float((a - b).abs().max()):.3g} on the example: "
+            "its forward does something with channels that tracing did not show; please report the network"
+        )

@@ -1,0 +1,167 @@
+"""The only training loop: every lesson's training, with or without a penalty, is one call of `fit`."""
+
+import math
+import time
+from contextlib import nullcontext
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .data import batches, steps_per_epoch
+from .files import write_tensors
+from .models import load, save
+from .progress import Progress
+from .runs import Run, read_history
+
+MOMENTUM = 0.9
+SCHEDULES = ("onecycle", "step", "constant")
+
+
+def learning_rates(lr, steps, schedule="onecycle"):
+    """The learning rate of each of `steps` iterations, float64 [steps].
+
+    "onecycle": linear from 0 to `lr` in a fifth of the run, then a half cosine back to 0.
+    "step": `lr`, divided by ten after half and after three quarters of the run. "constant": `lr`.
+    """
+    t = torch.arange(steps, dtype=torch.float64) / steps
+    if schedule == "onecycle":
+        rise = (t + 1 / steps) / 0.2
+        return lr * torch.where(rise < 1, rise, (1 + torch.cos(math.pi * (t - 0.2) / 0.8)) / 2)
+    if schedule == "step":
+        return lr * 0.1 ** ((t >= 0.5).double() + (t >= 0.75).double())
+    if schedule == "constant":
+        return torch.full((steps,), float(lr), dtype=torch.float64)
+    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def fit(
+    model, data, *, epochs, lr, batch_size=128, schedule="onecycle", weight_decay=5e-4, penalty=None,
+    seed=0, run=None, precision="auto", device="auto",
+):  # fmt: skip
+    """Train `model` in place on `data.train` with SGD (Nesterov momentum 0.9); return the history, one row an epoch.
+
+    `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it has `step(iteration)`,
+    that is called before each iteration; if it has `proximal_step(lr)`, that is called after each optimizer step
+    with the step size lr / (1 - momentum) that a lasting gradient has.
+    `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
+    epoch and ends, on the CPU, with the same weights, bit for bit.
+    `precision`: "bf16" (autocast), "fp32", or "auto": bf16 where the processor computes in it.
+
+    History columns: epoch, lr (at its end), loss (cross-entropy on the augmented training images), penalty, val_top1
+    (percent, held-out training images), gamma_median and gamma_below (share of BatchNorm |γ| < 0.01).
+    A run keeps every |γ| after each epoch in gammas.pt, float16 [epochs + 1, channels], row 0 before training.
+
+    Raises ValueError for settings out of range or a folder made with others, FloatingPointError when training diverges.
+    """
+    if epochs < 1 or lr <= 0 or batch_size < 1:
+        raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
+    device = pick_device(device)
+    precision = pick_precision(precision, device)
+    model.to(device, memory_format=torch.channels_last)
+    train, val = data.train.to(device), data.val.to(device)
+    steps = steps_per_epoch(train, batch_size)
+    rates = learning_rates(lr, epochs * steps, schedule).tolist()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
+
+    start, history, gammas, before = 0, [], [all_gammas(model)], 0.0
+    if run is not None:
+        run = Run(run, {
+            "epochs": epochs, "lr": lr, "batch_size": batch_size, "schedule": schedule, "weight_decay": weight_decay,
+            "penalty": repr(penalty) if penalty else None, "seed": seed, "data": data.fingerprint,
+            "weights_l1": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
+        })  # fmt: skip
+        if run.finished:
+            load(run.path / "model.pt", model)
+            return read_history(run.path)
+        if state := run.latest():
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, history, gammas, before = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
+            if hasattr(penalty, "load_state_dict"):
+                penalty.load_state_dict(state["penalty"])
+
+    progress, began = Progress(f"{run.path.name if run else 'fit'}"), time.monotonic()
+    for epoch in range(start, epochs):
+        model.train()
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
+        total = total_penalty = torch.zeros((), device=device)
+        for i, (x, y) in enumerate(batches(train, batch_size, generator)):
+            iteration = epoch * steps + i
+            for group in optimizer.param_groups:
+                group["lr"] = rates[iteration]
+            if hasattr(penalty, "step"):
+                penalty.step(iteration)
+            with autocast(device, precision):
+                loss = nn.functional.cross_entropy(model(x), y)
+            extra = penalty() if penalty else torch.zeros((), device=device)
+            optimizer.zero_grad()
+            (loss + extra).backward()
+            optimizer.step()
+            if hasattr(penalty, "proximal_step"):
+                penalty.proximal_step(rates[iteration] / (1 - MOMENTUM))
+            total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
+            if i % 10 == 0:
+                progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
+        gammas.append(all_gammas(model))
+        history.append({
+            "epoch": epoch + 1, "lr": rates[iteration], "loss": float(total) / steps,
+            "penalty": float(total_penalty) / steps, "val_top1": evaluate(model, val, precision=precision),
+            "gamma_median": float(gammas[-1].float().median()), "gamma_below": float((gammas[-1] < 0.01).float().mean()),
+        })  # fmt: skip
+        row, seconds = history[-1], before + time.monotonic() - began
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}")
+        if run:
+            run.save_checkpoint(epoch + 1, {
+                "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
+                "gammas": torch.stack(gammas), "seconds": seconds,
+                "penalty": penalty.state_dict() if hasattr(penalty, "state_dict") else None,
+            })  # fmt: skip
+        progress.update(
+            f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s", keep=True
+        )
+    progress.close()
+    if run:
+        save(model, run.path / "model.pt")
+        write_tensors(run.path / "gammas.pt", torch.stack(gammas))
+        run.finish(history, seconds)
+    return pd.DataFrame(history)
+
+
+@torch.no_grad()
+def evaluate(model, split, batch_size=500, precision="fp32"):
+    """Top-1 accuracy in percent of `model` on `split`, in evaluation mode; the model's mode is left as it was."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    correct = 0
+    for x, y in batches(split.to(device), batch_size):
+        with autocast(device, precision):
+            correct += int((model(x).argmax(1) == y).sum())
+    model.train(training)
+    return 100 * correct / len(split)
+
+
+def all_gammas(model):
+    """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
+    gammas = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()
+
+
+def autocast(device, precision):
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def pick_device(device="auto"):
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def pick_precision(precision, device):
+    """Resolve "auto": bf16 on a GPU or CPU with bf16 arithmetic (AVX-512 BF16, AMX), fp32 elsewhere."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"unknown precision {precision!r}; known: auto, bf16, fp32")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"

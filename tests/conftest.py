@@ -1,0 +1,44 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mslib as ms
+from mslib.data import Data, Split
+
+SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
+
+
+@pytest.fixture
+def data():
+    """Small drawn images in which a tiny network can learn something."""
+    return ms.load_data("shapes", image_size=8, sizes=(200, 50))
+
+
+@pytest.fixture(scope="session")
+def cifar():
+    path = SHARED.resolve() / "data" / "cifar10-jpeg.tar.gz"
+    if not path.exists():
+        pytest.skip("the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds data/cifar10-jpeg.tar.gz")
+    return path
+
+
+def lively(model, seed=0):
+    """Random BatchNorms, as after training: a network whose every channel matters. In evaluation mode."""
+    torch.manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.1, 1)
+            nn.init.normal_(m.bias, 0, 0.3)
+            nn.init.normal_(m.running_mean, 0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def tiny_data(n=64, size=8, classes=3):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(n) % classes)
+    return Data("random", split, split, split, tuple("abc"[:classes]))

@@ -1,0 +1,47 @@
+import pytest
+import torch
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+import mslib as ms
+
+CIFAR = torch.zeros(1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("depth, macs, params", [(56, 125_485_696, 853_018), (110, 252_887_680, 1_727_962)])
+def test_cifar_resnets_cost_what_the_papers_say(depth, macs, params):
+    price = ms.cost(ms.resnet(depth), CIFAR)
+    assert (price.macs, price.params) == (macs, params)
+
+
+def test_torchvision_resnet50():
+    price = ms.cost(torchvision.models.resnet50(), torch.zeros(1, 3, 224, 224))
+    assert price.macs == pytest.approx(4.089e9, rel=1e-3) and price.params == pytest.approx(25.557e6, rel=1e-4)
+
+
+def test_keeping_4_8_43_inner_channels_is_the_2_55x_setting_of_greg():
+    model = ms.resnet(56)
+    keep = {"stage1": 4, "stage2": 8, "stage3": 43}
+    masks = {n: torch.arange(len(g)) < keep[n[:6]] for n, g in ms.gammas(model).items()}
+    small = ms.prune(model, masks, CIFAR)
+    assert ms.cost(model, CIFAR).macs / ms.cost(small, CIFAR).macs == pytest.approx(2.555, abs=5e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: ms.resnet(20), torchvision.models.resnet18, torchvision.models.vgg11_bn, torchvision.models.mobilenet_v2])
+def test_agrees_with_torch_flop_counter(make):
+    model, image = make().eval(), torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert ms.cost(model, image).macs * 2 == counter.get_total_flops()
+
+
+def test_cost_is_for_one_image_and_leaves_the_model_alone():
+    model = ms.resnet(8).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert ms.cost(model, torch.randn(7, 3, 32, 32)).macs == ms.cost(model, CIFAR).macs
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_latency_measures_something():
+    measured = ms.latency(ms.resnet(8), torch.randn(2, 3, 8, 8), seconds=0.05)
+    assert measured.median > 0 and measured.batch_size == 2 and str(measured)
