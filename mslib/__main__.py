@@ -15,12 +15,13 @@ def main(arguments=None):
     run.add_argument("--again", action="store_true", help="execute notebooks anew; finished trainings are still reused")
     keep = commands.add_parser("reference", help="copy a finished run's results to data/reference/NAME")
     keep.add_argument("name")
+    store = commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
+    commands.add_parser("stamp", help="write the repository's address of pyproject.toml into README and lessons")
+    for command in (run, keep, store):
+        command.add_argument("--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04")
     for command in (run, keep):
         command.add_argument("--preset", default="auto", help="quick, standard, full or auto (default)")
-        command.add_argument("--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04")
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="change a setting")
-    commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
-    commands.add_parser("stamp", help="write the repository's address of pyproject.toml into README and lessons")
     options = parser.parse_args(arguments)
     try:
         return {"run": _run, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
@@ -30,12 +31,15 @@ def main(arguments=None):
 
 
 def _chosen(options):
-    cfg = config(options.preset, **{name: _value(text) for name, text in options.p})
+    return config(options.preset, **{name: _value(text) for name, text in options.p}), _lessons(options)
+
+
+def _lessons(options):
     first, _, last = options.only.partition("-")
     lessons = [name for name in course.NEEDS if first <= name[:2] <= (last or first)]
     if not lessons:
         raise ValueError(f"--only {options.only}: no such lesson; there are 00 to {list(course.NEEDS)[-1][:2]}")
-    return cfg, lessons
+    return lessons
 
 
 def _run(options):
@@ -73,7 +77,7 @@ def _reference(options):
 
 
 def _store(options):
-    for lesson in course.NEEDS:
+    for lesson in _lessons(options):
         course.store_lesson(lesson, config("auto"), say)
     return 0
 

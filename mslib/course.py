@@ -1,5 +1,6 @@
 """The lessons as a pipeline: which needs which, where their results lie, and how one runs another."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -97,7 +98,10 @@ def stage(lesson, cfg):
     settings = cfg.up_to(int(lesson[:2]))
     preset = config(cfg.preset).up_to(int(lesson[:2]))
     changed = [f"{k}={v}" for k, v in settings.items() if v != preset[k]]
-    path = ROOT / cfg.runs / cfg.preset / ",".join([lesson, *changed]).replace("/", "_")
+    name = ",".join([lesson, *changed])
+    if len(name) > 100:
+        name = f"{lesson},{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # metrics.json has the settings in full
+    path = ROOT / cfg.runs / cfg.preset / name
     found = Stage(lesson, path, settings)
     if found.finished:
         check_settings(path, found.metrics["settings"], settings)
@@ -173,8 +177,9 @@ def _execute(lesson, target, where, parameters, say):
         raise OSError(f"cannot make {where.path} ({error.strerror}); choose another folder with -p runs FOLDER") from error
     with _following(where / "log.txt", lesson, say):
         papermill.execute_notebook(
-            os.path.relpath(source), os.path.relpath(part), parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False
-        )
+            os.path.relpath(source), os.path.relpath(part), parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=40"],  # the kernel talks to this machine only
+        )  # fmt: skip
     os.replace(part, target)
 
 

@@ -73,7 +73,7 @@ class ChannelGraph:
 
     def __init__(self, model):
         self.modules = dict(model.named_modules())
-        self.parent, self.kept, self.needs = [], {}, []
+        self.parent, self.kept, self.needs, self.added = [], {}, [], []
         self.outputs, self.norms, self.inputs, self.constants, self.pads = {}, {}, {}, {}, {}
         self.norm_after, self.norm_beside = {}, {}
         try:
@@ -206,6 +206,7 @@ class ChannelGraph:
 
     def _add(self, a, b):
         self._join(a.ids, b.ids)
+        self.added.append(a.ids)
         for pad, norm in ((a, b), (b, a)):
             if pad.maker in self.pads and norm.maker in self.norms:
                 self.norm_beside[pad.maker] = norm.maker
@@ -232,16 +233,12 @@ class ChannelGraph:
     def prunable_norms(self, residual=False):
         """Names of the BatchNorms whose channels can be removed, in order.
 
-        Without `residual`, only those that share their channels with no other BatchNorm (a block's inner channels).
+        Without `residual`, only those whose channels take part in no addition (a block's inner channels).
         """
-        shared = {}
-        for name, ids in self.norms.items():
-            for r in self.root[ids].unique().tolist():
-                shared.setdefault(r, []).append(name)
-        return [
-            name for name, ids in self.norms.items()
-            if all(r not in self.reasons and (residual or shared[r] == [name]) for r in self.root[ids].unique().tolist())
-        ]  # fmt: skip
+        stay = set(self.reasons)
+        if self.added and not residual:
+            stay.update(self.root[torch.cat(self.added)].tolist())
+        return [name for name, ids in self.norms.items() if stay.isdisjoint(self.root[ids].tolist())]
 
     def reason(self, norm):
         """Why BatchNorm `norm` cannot be pruned; empty if it can."""

@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import seaborn as sns
 import torch
 from torch import nn
@@ -144,7 +143,7 @@ def groups(model, title):
 
 
 def lines(x, ys, title, xlabel, ylabel, xticks=None):
-    """Simple curves. `ys`: dict[name -> values]."""
+    """Simple curves; returns the axes. `ys`: dict[name -> values]."""
     fig, ax = figure(title)
     for name, y in ys.items():
         ax.plot(x, y, "o-", ms=3, label=name, color=color(name))
@@ -153,3 +152,4 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if len(ys) > 1:
         ax.legend()
+    return ax

@@ -1,0 +1,88 @@
+import pytest
+
+import mslib as ms
+from mslib import course
+
+
+def test_presets_and_overrides():
+    quick, standard = ms.config("quick"), ms.config("standard", seed=3, epochs=None)
+    assert quick.dataset == "shapes" and standard.dataset == "cifar10" and standard.seed == 3
+    assert standard.epochs == ms.config("standard").epochs
+    assert standard.overrides() == {"seed": 3}
+    assert ms.config(standard.preset, **standard.overrides()) == standard
+    with pytest.raises(AttributeError):
+        quick.seed = 1
+
+
+def test_auto_is_quick_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("MSLIB_PRESET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert ms.config().preset == "quick"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert ms.config().preset == "standard"
+
+
+@pytest.mark.parametrize("preset, overrides, message", [
+    ("quik", {}, "unknown preset 'quik'; did you mean 'quick'"),
+    ("huge", {}, "known: auto, quick, standard, full"),
+    ("quick", {"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
+    ("quick", {"zzz": 3}, "unknown setting 'zzz'; known: dataset"),
+    ("quick", {"epochs": "three"}, "epochs='three': expected a int"),
+    ("quick", {"epochs": 2.5}, "epochs=2.5"),
+    ("quick", {"epochs": 0}, "epochs=0: must be above 0"),
+    ("quick", {"lr": True}, "lr=True"),
+    ("quick", {"reduction": 1.2}, "reduction=1.2: a fraction between 0 and 1"),
+    ("quick", {"schedule": "onecycl"}, "did you mean 'onecycle'"),
+])  # fmt: skip
+def test_bad_settings(preset, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        ms.config(preset, **overrides)
+
+
+def test_missing_dataset():
+    with pytest.raises(FileNotFoundError, match="'nowhere/images.tar.gz'"):
+        ms.config("quick", dataset="nowhere/images.tar.gz")
+
+
+def test_notebook_config_takes_parameters_and_refuses_a_mistyped_one():
+    scope = {"preset": "quick", "epochs": 3, "seed": None, "top1": 93.0, "In": ["", "# Parameters\nepochs = 3\n"]}
+    assert ms.notebook_config(scope) == ms.config("quick", epochs=3)
+    with pytest.raises(ValueError, match="'epoch'; did you mean 'epochs'"):
+        ms.notebook_config({"preset": "quick", "epoch": 3, "In": ["# Parameters\nepoch = 3\n"]})
+
+
+def test_a_stage_depends_on_its_own_and_earlier_settings(tmp_path):
+    def folder(lesson, **overrides):
+        return ms.stage(lesson, ms.config("quick", runs=str(tmp_path), **overrides)).path
+
+    base = folder("01_baseline")
+    assert base == tmp_path / "quick" / "01_baseline"
+    assert folder("01_baseline", masked_strength=0.5) == base
+    assert folder("03_masked_regularization", masked_strength=0.5).name == "03_masked_regularization,masked_strength=0.5"
+    assert folder("03_masked_regularization", seed=1).name == "03_masked_regularization,seed=1"
+    assert folder("01_baseline", seed=1) != base
+
+
+def test_a_carried_folder_of_other_settings_is_refused(tmp_path):
+    cfg = ms.config("quick", runs=str(tmp_path))
+    stage = ms.stage("01_baseline", cfg)
+    stage.finish()
+    ms.stage("01_baseline", ms.config("quick", runs=str(tmp_path), seed=1)).path.parent.mkdir(exist_ok=True)
+    stage.path.rename(tmp_path / "quick" / "01_baseline,seed=1")
+    with pytest.raises(ValueError, match=r"01_baseline,seed=1 holds a run made with other settings: seed=0 \(now 1\)"):
+        ms.stage("01_baseline", ms.config("quick", runs=str(tmp_path), seed=1))
+
+
+def test_unknown_lesson_and_reference():
+    with pytest.raises(ValueError, match="'06'; known: 00_start_here"):
+        ms.stage("06", ms.config("quick"))
+    with pytest.raises(FileNotFoundError, match="no reference nothing/01_baseline"):
+        ms.reference("nothing", "01_baseline")
+
+
+def test_every_setting_has_a_lesson_and_says_what_it_is():
+    cfg = ms.config("quick")
+    told = "\n".join(cfg.describe(n) for n in range(1, 6))
+    for name in cfg.up_to(99):
+        assert f"\n{name} " in "\n" + told
+    assert set(course.NEEDS) >= {"01_baseline", "05_finetune"}

@@ -1,0 +1,93 @@
+import logging
+
+import pytest
+import torch
+
+import mslib as ms
+
+from .conftest import lively
+
+X = torch.zeros(1, 3, 32, 32)
+
+
+def test_masks_below_is_the_threshold_and_keeps_one_channel(caplog):
+    model = lively(ms.resnet(8))
+    gamma = model.stage1[0].bn1.weight
+    with torch.no_grad():
+        gamma.fill_(1e-4)
+        gamma[5] = 2e-4
+    with caplog.at_level(logging.WARNING, "mslib"):
+        masks = ms.masks_below(model, 0.3)
+    assert masks["stage1.0.bn1"].nonzero().flatten().tolist() == [5]
+    assert "stage1.0.bn1" in caplog.text
+    other = model.stage2[0].bn1.weight.abs() >= 0.3
+    assert torch.equal(masks["stage2.0.bn1"], other) and not other.all()
+
+
+def test_residual_channels_go_only_if_all_their_norms_drop_them():
+    model = lively(ms.resnet(20))
+    with torch.no_grad():
+        for name, m in model.named_modules():
+            if name == "bn" or name.startswith("stage1") and name.endswith("bn2"):
+                m.weight[[3, 4]] = 0.001
+        model.stage1[1].bn2.weight[4] = 0.9  # one block still needs channel 4
+    masks = ms.masks_below(model, 0.05, residual=True)
+    shared = [n for n in masks if n == "bn" or n.startswith("stage1") and n.endswith("bn2")]
+    assert len(shared) == 4
+    for name in shared:
+        assert (~masks[name]).nonzero().flatten().tolist() == [3]
+    assert "bn" not in ms.masks_below(model, 0.05)
+
+
+def test_a_padded_channel_needs_its_source_to_go():
+    """Stage 2 copies channel 0 of stage 1 into its channel 8: it may go only with it. Channel 0 of stage 2 is padding."""
+    model = lively(ms.resnet(8))
+    keep = torch.ones(32, dtype=torch.bool)
+    keep[[0, 8]] = False
+    alone = {"stage2.0.bn2": keep}
+    assert ms.prune(model, alone).stage2[0].bn2.num_features == 31
+    first = torch.arange(16) != 0
+    together = {**alone, "bn": first, "stage1.0.bn2": first}
+    assert ms.prune(model, together).stage2[0].bn2.num_features == 30
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("reduction", [0.1, 0.5, 0.9])
+def test_masks_for_macs_reaches_the_goal_and_no_more(reduction, residual):
+    model = lively(ms.resnet(20))
+    masks = ms.masks_for_macs(model, X, reduction, residual)
+    full, small = ms.cost(model, X).macs, ms.cost(ms.prune(model, masks), X).macs
+    assert reduction <= 1 - small / full < reduction + 0.01
+    assert min(int(m.sum()) for m in masks.values()) >= 1
+    if not residual:  # channels go in the order of |γ|
+        gamma = ms.gammas(model)
+        dropped = torch.cat([g[~masks[n]] for n, g in gamma.items()])
+        kept = torch.cat([g[masks[n]] for n, g in gamma.items() if masks[n].sum() > 1])
+        assert dropped.max() <= kept.min()
+
+
+@pytest.mark.parametrize("reduction", [0, 1, -0.5, 1.5])
+def test_reduction_outside_0_1(reduction):
+    with pytest.raises(ValueError, match=f"reduction {reduction}"):
+        ms.masks_for_macs(ms.resnet(8), X, reduction)
+
+
+def test_reduction_out_of_reach_says_the_most():
+    model = ms.resnet(8)
+    with pytest.raises(ValueError, match=r"out of reach.*(\d\d\.\d)%") as caught:
+        ms.masks_for_macs(model, X, 0.99)
+    most = float(caught.value.args[0].split("left in each layer ")[1].split("%")[0]) / 100
+    one = {n: torch.arange(len(g)) < 1 for n, g in ms.gammas(model).items()}
+    assert most == pytest.approx(1 - ms.cost(ms.prune(model, one), X).macs / ms.cost(model, X).macs, abs=1e-3)
+
+
+def test_threshold_must_be_positive():
+    with pytest.raises(ValueError, match="threshold 0"):
+        ms.masks_below(ms.resnet(8), 0)
+
+
+def test_masks_in_a_file(tmp_path):
+    masks = ms.masks_for_macs(lively(ms.resnet(8)), X, 0.5)
+    ms.save_masks(masks, tmp_path / "masks.pt")
+    again = ms.load_masks(tmp_path / "masks.pt")
+    assert masks.keys() == again.keys() and all(torch.equal(masks[n], again[n]) for n in masks)

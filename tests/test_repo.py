@@ -1,0 +1,133 @@
+"""What a reader meets before the first cell: README, environments, badges, the stored notebooks."""
+
+import re
+import subprocess
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+import mslib as ms
+from mslib import badges
+from mslib.course import NEEDS, REFERENCE
+from mslib.files import ROOT
+
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def requirements(path):
+    listed = yaml.safe_load((ROOT / path).read_text())["dependencies"]
+    pip = next((d["pip"] for d in listed if isinstance(d, dict)), [])
+    return {re.split(r"[ <>=]", d)[0] for d in listed if isinstance(d, str)}, pip
+
+
+@pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
+def test_conda_environments_hold_what_pyproject_asks_for(path):
+    conda, pip = requirements(path)
+    conda = {{"pytorch": "torch", "pytorch-cpu": "torch"}.get(n, n) for n in conda}
+    assert {re.split(r"[<>=]", d)[0] for d in PROJECT["dependencies"]} <= conda
+    if path == "environment.yml":
+        extra = {re.split(r"[<>=]", d)[0] for d in PROJECT["optional-dependencies"]["test"]}
+        assert extra <= conda | {re.split(r"[<>=]", d)[0] for d in pip} and "-e ." in pip
+
+
+def test_binder_installs_the_course():
+    script = ROOT / "binder" / "postBuild"
+    assert script.stat().st_mode & 0o111 and "-e ." in script.read_text()
+
+
+def test_every_badge_and_link_has_the_address_of_pyproject():
+    found = list(badges.places())
+    assert {path.name for path, _ in found} == {"README.md", *(p.name for p in LESSONS)}
+    assert {where for _, where in found} == {badges.address()}
+
+
+def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
+    for path in (ROOT / "README.md", ROOT / "pyproject.toml", *LESSONS):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text().replace('Repository = "https://github.com/' + badges.address(), 'Repository = "https://github.com/me/my.course'))
+    monkeypatch.setattr(badges, "ROOT", tmp_path)
+    before = len(list(badges.places()))
+    assert len(badges.stamp()) == 1 + len(LESSONS) and badges.stamp() == []
+    after = list(badges.places())
+    assert len(after) == before and {where for _, where in after} == {"me/my.course"}
+    for path in (tmp_path / "notebooks").iterdir():
+        nbformat.validate(nbformat.read(path, 4))
+
+
+def test_links_in_readme_and_lessons_lead_somewhere():
+    texts = [(ROOT / "README.md", README)]
+    texts += [(p, "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown")) for p in LESSONS]
+    for path, text in texts:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_readme_names_only_make_targets_and_commands_that_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make (run|test|lab|notebooks|clean)\b", README)) <= targets and {"run", "test", "lab"} <= targets
+    for name in re.findall(r"ms\.(\w+)", README):
+        assert hasattr(ms, name), name
+    for module in re.findall(r"^\| (`\w+`(?: · `\w+`)+) \|", README, re.M):
+        for name in re.findall(r"`(\w+)`", module):
+            assert (ROOT / "mslib" / f"{name}.py").exists(), name
+
+
+def test_readme_recipe_runs(tmp_path, monkeypatch):
+    """The ten lines of the README, as they stand, on a small archive."""
+    import shutil
+
+    from PIL import Image
+
+    from mslib.shapes import CLASSES, draw_shapes
+
+    for split, n, seed in (("train", 120, 1), ("test", 40, 2)):
+        for i, (image, label) in enumerate(zip(*draw_shapes(n, 16, seed))):
+            folder = tmp_path / "images" / split / CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    shutil.make_archive(str(tmp_path / "my_images"), "zip", tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mslib.data.ROOT", tmp_path)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "my_images.zip" in c)
+    exec(compile(code.replace("epochs=10", "epochs=1").replace("epochs=4", "epochs=1"), "README.md", "exec"), {})
+    assert (tmp_path / "small.pt").exists()
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_stored_lessons(path):
+    notebook = nbformat.read(path, 4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "executed in order, from a fresh kernel"
+    assert not any(o.output_type == "error" for c in code for o in c.outputs)
+    assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
+    ignored = [c for c in code if "NBVAL_IGNORE_OUTPUT" in c.source]
+    assert len(ignored) <= len(code) / 2
+    assert path.stat().st_size < 1_000_000
+    assert sum(len(c.source.splitlines()) for c in code) <= 120
+    words = sum(len(c.source.split()) for c in notebook.cells if c.cell_type == "markdown")
+    assert 600 <= words <= 1800
+    assert sum("image/png" in o.get("data", {}) for c in code for o in c.outputs) >= 2
+    text = "\n".join(c.source for c in notebook.cells)
+    for part in ("Predict first", "## Exercises", "## To take away", "**Sources:**"):
+        assert part in text, part
+    assert text.count("<details>") == 2
+
+
+def test_all_lessons_are_there():
+    assert [p.stem for p in LESSONS] == list(NEEDS)
+
+
+def test_the_repository_is_small_and_holds_no_images_of_a_data_set():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / f for f in listed.stdout.splitlines() if (ROOT / f).is_file()]
+    assert max(f.stat().st_size for f in files) < 5_000_000
+    assert not any(f.suffix in (".jpg", ".gz", ".zip") for f in files)
+    for reference in REFERENCE.glob("*"):
+        assert sum(f.stat().st_size for f in reference.rglob("*") if f.is_file()) < 8_000_000

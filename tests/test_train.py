@@ -1,0 +1,206 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+import mslib as ms
+from mslib.data import batches
+from mslib.files import read_tensors
+
+from .conftest import tiny_data
+
+FAST = dict(epochs=2, lr=0.05, batch_size=16, precision="fp32", device="cpu")
+
+SCRIPT = """
+import sys, torch, mslib as ms
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model, data = ms.resnet(8), ms.load_data("shapes", image_size=16, sizes=(1000, 50))
+masks = {"stage3.0.bn1": torch.arange(64) < 32}
+ms.fit(model, data, epochs=5, lr=0.05, batch_size=8, precision="fp32", device="cpu",
+       penalty=ms.MaskedL1(model, masks, 1e-3), run=sys.argv[1])
+print(ms.evaluate(model, data.test))
+"""
+
+
+def train(folder):
+    return subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
+
+
+def kill_in_the_middle_of_epoch(n, folder):
+    """Start the training, and kill -9 it a moment after checkpoint n - 1 is written."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / f"epoch-{n - 1:04d}.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.15)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (folder / "history.json").exists()
+
+
+def same_run(a, b):
+    first, second = (read_tensors(f / "model.pt")["state"] for f in (a, b))
+    assert all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys()
+    assert torch.equal(read_tensors(a / "gammas.pt"), read_tensors(b / "gammas.pt"))
+    histories = [json.loads((f / "history.json").read_text())["epochs"] for f in (a, b)]
+    assert histories[0] == histories[1] and len(histories[0]) == 5
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(folder).returncode == 0
+    return folder
+
+
+def test_killed_twice_and_resumed_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    kill_in_the_middle_of_epoch(2, folder)
+    kill_in_the_middle_of_epoch(4, folder)
+    assert train(folder).returncode == 0
+    same_run(undisturbed, folder)
+    assert not list(folder.glob("epoch-*.pt")) and not list(folder.glob(".*"))
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    kill_in_the_middle_of_epoch(4, folder)
+    newest = sorted(folder.glob("epoch-*.pt"))[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    done = train(folder)
+    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stderr and "checkpoint before it" in done.stderr
+    same_run(undisturbed, folder)
+
+
+def test_a_finished_run_is_loaded_not_repeated(data, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = ms.resnet(8)
+    history = ms.fit(model, data, **FAST, run=tmp_path / "run")
+    torch.manual_seed(0)
+    again = ms.resnet(8)
+    monkeypatch.setattr("mslib.train.batches", None)  # any step would fail
+    pd.testing.assert_frame_equal(ms.fit(again, data, **FAST, run=tmp_path / "run"), history)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("change", [dict(lr=0.1), dict(epochs=3), dict(seed=1), dict(penalty=True), dict(data=True), dict(model=True)])
+def test_a_folder_of_other_settings_is_refused_and_kept(data, tmp_path, change):
+    def model(seed=0):
+        torch.manual_seed(seed)
+        return ms.resnet(8)
+
+    ms.fit(model(), data, **FAST, run=tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    net = model(1 if "model" in change else 0)
+    other = {k: v for k, v in change.items() if v is not True}
+    if "penalty" in change:
+        other["penalty"] = ms.GlobalL1(net, 1e-3)
+    images = ms.load_data("shapes", image_size=8, sizes=(190, 50)) if "data" in change else data
+    name = {"model": "weights_l1"}.get(next(iter(change)), next(iter(change)))
+    with pytest.raises(ValueError, match=f"other settings: .*{name}=.*now"):
+        ms.fit(net, images, **(FAST | other), run=tmp_path / "run")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_history_says_what_happened(data, tmp_path):
+    model = ms.resnet(8)
+    penalty = ms.GlobalL1(model, 1e-3)
+    start = penalty().item()
+    history = ms.fit(model, data, **FAST, penalty=penalty, run=tmp_path / "run")
+    assert history.epoch.tolist() == [1, 2] and history.loss.iloc[1] < history.loss.iloc[0]
+    assert history.val_top1.iloc[-1] == ms.evaluate(model, data.val)
+    assert 0 < history.penalty.iloc[-1] < start
+    gammas = read_tensors(tmp_path / "run" / "gammas.pt")
+    assert gammas.shape == (3, 16 * 3 + 32 * 2 + 64 * 2)
+    assert history.gamma_median.iloc[-1] == gammas[-1].float().median().item()
+
+
+def test_the_same_seed_gives_the_same_network_and_another_seed_another(data):
+    def weights(seed):
+        torch.manual_seed(0)
+        model = ms.resnet(8)
+        ms.fit(model, data, **FAST, seed=seed)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_learns(precision):
+    data = ms.load_data("shapes", image_size=16, sizes=(2000, 500))
+    torch.manual_seed(0)
+    model = ms.resnet(8)
+    ms.fit(model, data, epochs=5, lr=0.2, batch_size=16, precision=precision)
+    assert ms.evaluate(model, data.test) > 50  # chance is 10
+
+
+def test_schedules():
+    rates = ms.learning_rates(0.4, 100)
+    assert rates.argmax() == 20 and rates.max() == pytest.approx(0.4) and rates[0] == pytest.approx(0.02) and rates[-1] < 1e-3
+    assert rates[:20].diff().min() > 0 and rates[21:].diff().max() < 0
+    assert ms.learning_rates(1.0, 8, "step").tolist() == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert ms.learning_rates(0.5, 3, "constant").tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match="'cosin'.*onecycle"):
+        ms.learning_rates(1.0, 8, "cosin")
+
+
+def test_evaluate_is_top1_in_percent_and_keeps_the_mode(data):
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.arange(10.0))
+
+        def forward(self, x):
+            assert not self.training
+            return self.bias.expand(len(x), 10)
+
+    model = Constant().train()
+    assert ms.evaluate(model, data.test, batch_size=7) == 100 * int((data.test.labels == 9).sum()) / 50
+    assert model.training
+
+
+def test_a_training_set_smaller_than_a_batch():
+    data = tiny_data(10)
+    assert len(list(batches(data.train, 64, torch.Generator()))) == 1
+    ms.fit(ms.resnet(8, 3), data, epochs=1, lr=0.01, batch_size=64)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(epochs=0), "epochs=0"), (dict(lr=-1.0), "lr=-1.0"), (dict(precision="fp8"), "'fp8'"), (dict(schedule="x"), "'x'"),
+])  # fmt: skip
+def test_settings_out_of_range(data, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ms.fit(ms.resnet(8), data, **(FAST | wrong))
+
+
+def test_divergence_is_an_error_with_advice(data):
+    with pytest.raises(FloatingPointError, match="diverged in epoch .*try a smaller lr"):
+        ms.fit(ms.resnet(8), data, **(FAST | dict(lr=1e12, schedule="constant")))
+
+
+def test_an_unwritable_folder(data, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="cannot write .*choose a folder"):
+        ms.fit(ms.resnet(8), data, **FAST, run=tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_penalty_may_have_a_step(data):
+    seen = []
+
+    class Counting:
+        def __call__(self):
+            return torch.zeros(())
+
+        def step(self, iteration):
+            seen.append(iteration)
+
+    ms.fit(ms.resnet(8), data, **FAST, penalty=Counting())
+    assert seen == list(range(2 * (180 // 16)))
