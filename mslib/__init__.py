@@ -20,5 +20,3 @@ from .penalties import GlobalL1, MaskedL1, push
 from .prune import prune, zero_masked
 from .runs import environment
 from .train import evaluate, fit, learning_rates
-
-__all__ = [name for name in dir() if not name.startswith("_")]

@@ -10,7 +10,7 @@ PLACES = r"(github\.com/|/github/|/v2/gh/)[\w.-]+/[\w.-]+?(?=(\.git)?[/\s\"')\]\
 
 
 def address():
-    """"owner/name" of the repository, from [project.urls] in pyproject.toml."""
+    """ "owner/name" of the repository, from [project.urls] in pyproject.toml."""
     url = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     return url.removeprefix("https://github.com/").rstrip("/")
 

@@ -43,6 +43,13 @@ class Stage:
     def __truediv__(self, name):
         return self.path / name
 
+    def __str__(self):
+        m, s = self.metrics, self.settings
+        return (
+            f"{self.lesson}: {s['dataset']}, ResNet-{s['depth']}, {s['epochs']} epochs at lr {s['lr']:g}, batch {s['batch_size']}, "
+            f"seed {s['seed']}; measured {m['date']} on {m['hardware']}, torch {m['torch']}"
+        )
+
     @property
     def finished(self):
         return (self.path / "metrics.json").exists()
@@ -223,5 +230,8 @@ def keep_reference(name, cfg, lessons):
         found = stage(lesson, cfg)
         if found.finished:
             shutil.copytree(
-                found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt")
+                found.path,
+                REFERENCE / name / lesson,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt"),
             )

@@ -9,7 +9,9 @@ from torch import nn
 from .masks import channel_groups
 
 sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-plt.rcParams.update({"figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.titlesize": 11, "axes.titleweight": "bold"})
+plt.rcParams.update(
+    {"figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.titlesize": 11, "axes.titleweight": "bold"}
+)
 
 _palette = sns.color_palette("colorblind")
 COLORS = {
@@ -134,7 +136,16 @@ def groups(model, title):
         ax.plot([column] * 2, [min(rows), max(rows)], color=ink, alpha=0.35, lw=5, solid_capstyle="round")
         for kind, (mark, word) in marks.items():
             ys = [layers.index(n) for n in getattr(g, kind)]
-            ax.scatter([column] * len(ys), ys, marker=mark, s=34, color=ink, edgecolor="white", zorder=3, label=word if column == 0 else None)
+            ax.scatter(
+                [column] * len(ys),
+                ys,
+                marker=mark,
+                s=34,
+                color=ink,
+                edgecolor="white",
+                zorder=3,
+                label=word if column == 0 else None,
+            )
     ax.set_yticks(range(len(layers)), layers, fontsize=7)
     ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
     ax.set(xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)")

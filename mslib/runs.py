@@ -66,9 +66,7 @@ def check_settings(folder, have, want):
     differ = [k for k in sorted({*have, *want}) if not _same(have.get(k), want.get(k))]
     if differ:
         values = ", ".join(f"{k}={have.get(k)!r} (now {want.get(k)!r})" for k in differ)
-        raise ValueError(
-            f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one"
-        )
+        raise ValueError(f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one")
 
 
 def _same(a, b):

@@ -119,7 +119,8 @@ def fit(
                 "penalty": penalty.state_dict() if hasattr(penalty, "state_dict") else None,
             })  # fmt: skip
         progress.update(
-            f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s", keep=True
+            f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s",
+            keep=True,
         )
     progress.close()
     if run:

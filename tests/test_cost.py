@@ -27,7 +27,9 @@ def test_keeping_4_8_43_inner_channels_is_the_2_55x_setting_of_greg():
     assert ms.cost(model, CIFAR).macs / ms.cost(small, CIFAR).macs == pytest.approx(2.555, abs=5e-4)
 
 
-@pytest.mark.parametrize("make", [lambda: ms.resnet(20), torchvision.models.resnet18, torchvision.models.vgg11_bn, torchvision.models.mobilenet_v2])
+@pytest.mark.parametrize(
+    "make", [lambda: ms.resnet(20), torchvision.models.resnet18, torchvision.models.vgg11_bn, torchvision.models.mobilenet_v2]
+)
 def test_agrees_with_torch_flop_counter(make):
     model, image = make().eval(), torch.randn(1, 3, 64, 64)
     with FlopCounterMode(display=False) as counter:

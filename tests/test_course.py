@@ -16,7 +16,14 @@ from mslib.course import NEEDS
 from mslib.files import ROOT
 
 TINY = dict(
-    depth=8, train_size=400, test_size=100, epochs=2, sparse_epochs=1, finetune_epochs=1, global_strength=0.02, masked_strength=0.05
+    depth=8,
+    train_size=400,
+    test_size=100,
+    epochs=2,
+    sparse_epochs=1,
+    finetune_epochs=1,
+    global_strength=0.02,
+    masked_strength=0.05,
 )
 
 
@@ -47,7 +54,14 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished):
         assert all(c.execution_count for c in cells if c.cell_type == "code")
     assert "epoch 2/2" in done.stdout  # progress of the trainings inside the notebooks
     board = ms.scoreboard([ms.stage(lesson, cfg) for lesson in NEEDS])
-    for name in ("baseline", "masked: after the cut", "masked: fine-tuned", "global: fine-tuned", "scratch: same architecture", "dense, trained on as long"):
+    for name in (
+        "baseline",
+        "masked: after the cut",
+        "masked: fine-tuned",
+        "global: fine-tuned",
+        "scratch: same architecture",
+        "dense, trained on as long",
+    ):
         row = board.set_index("network").loc[name]
         assert f"{row['top-1 %']:.2f}" in done.stdout and name in done.stdout
         assert row["MACs left %"] <= (100 if name in ("baseline", "dense, trained on as long") else 50)
@@ -58,7 +72,11 @@ def test_run_again_reuses_everything(finished):
     runs, _ = finished
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
     done = mslib("run", "--preset", "quick", *flags({**TINY, "runs": runs}))
-    assert done.returncode == 0 and done.stdout.count("finished before, reused") == len(NEEDS) and "masked: fine-tuned" in done.stdout
+    assert (
+        done.returncode == 0
+        and done.stdout.count("finished before, reused") == len(NEEDS)
+        and "masked: fine-tuned" in done.stdout
+    )
     assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
 
 

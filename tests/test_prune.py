@@ -98,7 +98,11 @@ def test_fold_bias_is_exact_in_the_middle_of_a_large_image(residual):
     """Only the border differs: the features of the middle pixels of a constant-free path agree."""
     model, x = lively(ms.resnet(8)), torch.randn(1, 3, 64, 64)
     masks = random_masks(model, 1, residual)
-    folded, gamma_only, plain = ms.prune(model, masks, fold_bias=True), ms.zero_masked(model, masks, keep_bias=True), ms.prune(model, masks)
+    folded, gamma_only, plain = (
+        ms.prune(model, masks, fold_bias=True),
+        ms.zero_masked(model, masks, keep_bias=True),
+        ms.prune(model, masks),
+    )
     seen = {}
     for key, net in {"folded": folded, "full": gamma_only, "plain": plain}.items():
         net.eval().stage3.register_forward_hook(lambda m, i, out, key=key: seen.update({key: out.detach()}))
@@ -136,7 +140,11 @@ def test_pruning_again_and_pruning_nothing():
 ])  # fmt: skip
 def test_bad_masks_are_named(masks, message):
     model = ms.resnet(8)
-    for function in (lambda: ms.prune(model, masks), lambda: ms.zero_masked(model, masks), lambda: ms.MaskedL1(model, masks, 1e-3)):
+    for function in (
+        lambda: ms.prune(model, masks),
+        lambda: ms.zero_masked(model, masks),
+        lambda: ms.MaskedL1(model, masks, 1e-3),
+    ):
         with pytest.raises(ValueError, match=message):
             function()
 

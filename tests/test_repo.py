@@ -49,7 +49,11 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
     for path in (ROOT / "README.md", ROOT / "pyproject.toml", *LESSONS):
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
-        target.write_text(path.read_text().replace('Repository = "https://github.com/' + badges.address(), 'Repository = "https://github.com/me/my.course'))
+        target.write_text(
+            path.read_text().replace(
+                'Repository = "https://github.com/' + badges.address(), 'Repository = "https://github.com/me/my.course'
+            )
+        )
     monkeypatch.setattr(badges, "ROOT", tmp_path)
     before = len(list(badges.places()))
     assert len(badges.stamp()) == 1 + len(LESSONS) and badges.stamp() == []

@@ -90,7 +90,9 @@ def test_a_finished_run_is_loaded_not_repeated(data, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
-@pytest.mark.parametrize("change", [dict(lr=0.1), dict(epochs=3), dict(seed=1), dict(penalty=True), dict(data=True), dict(model=True)])
+@pytest.mark.parametrize(
+    "change", [dict(lr=0.1), dict(epochs=3), dict(seed=1), dict(penalty=True), dict(data=True), dict(model=True)]
+)
 def test_a_folder_of_other_settings_is_refused_and_kept(data, tmp_path, change):
     def model(seed=0):
         torch.manual_seed(seed)
