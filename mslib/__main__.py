@@ -63,7 +63,7 @@ def _run(options):
             return 130
     stages = [s for s in (course.stage(name, cfg) for name in course.NEEDS) if s.finished]
     if any(s.metrics["rows"] for s in stages):
-        print("\n" + course.scoreboard(stages).to_string(index=False))
+        print("\n" + course.scoreboard(stages).to_string(index=False, float_format="%.2f"))
     print("\nexecuted notebooks:")
     for lesson in lessons:
         print(f"  {course.stage(lesson, cfg) / f'{lesson}.ipynb'}")

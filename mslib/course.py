@@ -185,7 +185,7 @@ def _execute(lesson, target, where, parameters, say):
     with _following(where / "log.txt", lesson, say):
         papermill.execute_notebook(
             os.path.relpath(source), os.path.relpath(part), parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=40"],  # the kernel talks to this machine only
+            extra_arguments=["--IPKernelApp.log_level=50"],  # the kernel talks to this machine only
         )  # fmt: skip
     os.replace(part, target)
 
@@ -225,13 +225,11 @@ class _following:
 
 
 def keep_reference(name, cfg, lessons):
-    """Copy the finished stages of `cfg` to data/reference/<name>, without what a reader does not need."""
+    """Copy the finished stages of `cfg` to data/reference/<name>; of the weights, the baseline and the final network."""
+    left_out = shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt", "pruned*.pt", "model.pt")
     for lesson in lessons:
         found = stage(lesson, cfg)
         if found.finished:
-            shutil.copytree(
-                found.path,
-                REFERENCE / name / lesson,
-                dirs_exist_ok=True,
-                ignore=shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt"),
-            )
+            shutil.copytree(found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=left_out)
+            if lesson == "01_baseline":
+                shutil.copy(found / "baseline" / "model.pt", REFERENCE / name / lesson / "baseline")
