@@ -45,7 +45,7 @@ def images(split, classes, title, each=8):
 
 
 def curves(histories, title, columns=("loss", "val_top1")):
-    """Training histories over epochs. `histories`: dict[name -> frame of `fit`]."""
+    """Training histories over epochs; returns the last axes. `histories`: dict[name -> frame of `fit`]."""
     labels = {
         "loss": "training loss (cross-entropy)", "val_top1": "held-out top-1 (%)", "lr": "learning rate",
         "penalty": "penalty (added to the loss)", "gamma_below": "share of |γ| < 0.01", "gamma_median": "median |γ|",
@@ -57,7 +57,8 @@ def curves(histories, title, columns=("loss", "val_top1")):
         ax.set(xlabel="epoch", ylabel=labels[column])
         ax.xaxis.get_major_locator().set_params(integer=True)
     if len(histories) > 1:
-        np.atleast_1d(axes)[-1].legend()
+        ax.legend()
+    return ax
 
 
 def keep_flags(model, masks):
@@ -153,9 +154,10 @@ def groups(model, title):
     ax.legend(loc="upper right", fontsize=8)
 
 
-def lines(x, ys, title, xlabel, ylabel, xticks=None):
-    """Simple curves; returns the axes. `ys`: dict[name -> values]."""
-    fig, ax = figure(title)
+def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
+    """Simple curves, in a figure of their own or in `ax`; returns the axes. `ys`: dict[name -> values]."""
+    if ax is None:
+        _, ax = figure(title)
     for name, y in ys.items():
         ax.plot(x, y, "o-", ms=3, label=name, color=color(name))
     if xticks is not None:

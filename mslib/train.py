@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -64,6 +65,7 @@ def fit(
     rates = learning_rates(lr, epochs * steps, schedule).tolist()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
 
+    progress = Progress(Path(run).name if run else "fit")
     start, history, gammas, before = 0, [], [all_gammas(model)], 0.0
     if run is not None:
         run = Run(run, {
@@ -73,7 +75,12 @@ def fit(
         })  # fmt: skip
         if run.finished:
             load(run.path / "model.pt", model)
-            return read_history(run.path)
+            history = read_history(run.path)
+            progress.update(
+                f"finished before, loaded: {epochs} epochs, held-out top-1 {history.val_top1.iloc[-1]:.2f} %", keep=True
+            )
+            progress.close()
+            return history
         if state := run.latest():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -81,7 +88,7 @@ def fit(
             if hasattr(penalty, "load_state_dict"):
                 penalty.load_state_dict(state["penalty"])
 
-    progress, began = Progress(f"{run.path.name if run else 'fit'}"), time.monotonic()
+    began = time.monotonic()
     for epoch in range(start, epochs):
         model.train()
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
