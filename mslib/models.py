@@ -75,16 +75,20 @@ class ResNet(nn.Module):
 
 
 def initialize(model):
-    """Draw the convolutions anew as He does, with γ = 0 in the last BatchNorm of a block: each block starts as its
-    shortcut, and 56 layers train from the first step (Goyal et al. 2017)."""
+    """Draw the convolutions anew as He does, with γ = 1 / √blocks in the last BatchNorm of each block.
+
+    A block then starts near its shortcut, and 56 layers train from the first step. Not γ = 0 as in networks with
+    projection shortcuts (Goyal et al. 2017): where option A pads with zeros, the sum would be exactly 0, ReLU would pass
+    no gradient, and half of the channels of stage 2 and three quarters of stage 3 would stay dead for ever.
+    """
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(m, nn.BatchNorm2d):
             m.reset_parameters()
-    for m in model.modules():
-        if isinstance(m, BasicBlock):
-            nn.init.zeros_(m.bn2.weight)
+    blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
+    for block in blocks:
+        nn.init.constant_(block.bn2.weight, len(blocks) ** -0.5)
 
 
 def untrained(model):

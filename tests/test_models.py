@@ -96,3 +96,12 @@ def test_untrained_has_the_widths_and_none_of_the_weights():
     for (name, a), b in zip(small.named_parameters(), fresh.parameters()):
         assert a.shape == b.shape and not torch.equal(a, b), name
     assert not any(b.running_mean.any() for b in fresh.modules() if isinstance(b, torch.nn.BatchNorm2d))
+
+
+def test_every_channel_learns_from_the_first_step():
+    """Option A pads with zeros: a block that started as exactly its shortcut would leave the padded channels dead."""
+    model = ms.resnet(56).train()
+    torch.nn.functional.cross_entropy(model(X), torch.tensor([0, 1])).backward()
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            assert (m.weight.grad != 0).float().mean() > 0.9, name
