@@ -4,13 +4,13 @@
 
 Networks and images: resnet, load_data, save, load. Training: fit, evaluate. Penalties: GlobalL1, MaskedL1, push.
 Masks and surgery: masks_below, masks_for_macs, channel_groups, prune, zero_masked. Cost: cost, latency.
-The course: config, stage, require, reference, scoreboard; figures in ms.plots.
+The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
 """
 
 from . import models, plots
 from .config import Config, config, notebook_config
 from .cost import cost, latency
-from .course import data_of, reference, require, scoreboard, stage
+from .course import data_of, published, reference, require, scoreboard, stage
 from .data import load_data, normalize
 from .files import ROOT
 from .graph import ChannelGraph

@@ -16,7 +16,7 @@ def main(arguments=None):
     keep = commands.add_parser("reference", help="copy a finished run's results to data/reference/NAME")
     keep.add_argument("name")
     store = commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
-    commands.add_parser("stamp", help="write the repository's address of pyproject.toml into README and lessons")
+    commands.add_parser("stamp", help="write the address of pyproject.toml and the measured results into README and lessons")
     for command in (run, keep, store):
         command.add_argument("--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04")
     for command in (run, keep):
@@ -83,7 +83,7 @@ def _store(options):
 
 
 def _stamp(options):
-    from .badges import stamp
+    from .stamp import stamp
 
     for path in stamp():
         print(f"stamped {path}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from . import plots
 from .config import config
 from .cost import cost
 from .data import load_data
@@ -66,6 +67,11 @@ class Stage:
     def top1(self, name):
         """Test top-1 in percent of the row called `name`."""
         return float(self.rows.set_index("name").top1[name])
+
+    @property
+    def minutes(self):
+        """Minutes that the trainings of this stage took, all together."""
+        return sum(read_json(path)["seconds"] for path in self.path.glob("*/history.json")) / 60
 
     def history(self, run):
         return read_history(self.path / run)
@@ -123,13 +129,24 @@ def require(lesson, cfg):
     return found
 
 
-def reference(name, lesson):
-    """The stage of `lesson` in data/reference/<name>: measured results of a real run that come with the course."""
-    folder = REFERENCE / name / lesson
-    if not (folder / "metrics.json").exists():
-        known = sorted(p.parent.relative_to(REFERENCE).as_posix() for p in REFERENCE.glob("*/*/metrics.json"))
-        raise FileNotFoundError(f"no reference {name}/{lesson}; there are: {', '.join(known) or 'none'}")
-    return Stage(lesson, folder, read_json(folder / "metrics.json")["settings"])
+def reference(name="resnet56-cifar10"):
+    """Measured results of a real run, which come with the course: dict[lesson -> Stage], in order.
+
+    `name`: network and images; of the presets in which they were run, the largest is taken. Or a folder's full name
+    in data/reference, such as resnet56-cifar10-standard. FileNotFoundError, with what there is, for any other.
+    """
+    for folder in (REFERENCE / name, *(REFERENCE / f"{name}-{preset}" for preset in ("full", "standard", "quick"))):
+        found = sorted(folder.glob("*/metrics.json"))
+        if found:
+            return {p.parent.name: Stage(p.parent.name, p.parent, read_json(p)["settings"]) for p in found}
+    known = sorted(p.name for p in REFERENCE.glob("*") if p.is_dir())
+    raise FileNotFoundError(f"no reference {name!r}; there are: {', '.join(known) or 'none'}")
+
+
+def published(network, dataset="CIFAR-10"):
+    """Published results of `network`, a row a method: base and pruned top-1, delta, MACs removed (all percent), source."""
+    table = pd.read_csv(ROOT / "data" / "published.csv").set_index("method")
+    return table[(table.network == network) & (table.dataset == dataset)]
 
 
 def data_of(cfg):
@@ -233,3 +250,6 @@ def keep_reference(name, cfg, lessons):
             shutil.copytree(found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=left_out)
             if lesson == "01_baseline":
                 shutil.copy(found / "baseline" / "model.pt", REFERENCE / name / lesson / "baseline")
+    kept = reference(name)
+    if {"01_baseline", "05_finetune"} <= kept.keys():
+        plots.result(kept, REFERENCE / name / "result.png")

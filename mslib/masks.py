@@ -61,7 +61,7 @@ def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None):
     if most < reduction:
         raise ValueError(
             f"reduction {reduction} is out of reach: with one channel left in each layer {most:.1%} of the MACs are gone"
-            + ("" if residual else "; residual=True reaches further")
+            + ("; residual=True reaches further" if not residual and len(gammas(model, True)) > len(scores) else "")
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -67,9 +67,10 @@ def keep_flags(model, masks):
     return np.concatenate([masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan) for n, m in norms])
 
 
-def gamma_histograms(panels, title, flags, threshold=None):
+def gamma_histograms(panels, title, flags, threshold=None, axes=None):
     """|γ| of the maskable channels, kept and dropped apart. `panels`: dict[name -> |γ| of every channel]."""
-    fig, axes = figure(title, columns=len(panels), sharey=True)
+    if axes is None:
+        _, axes = figure(title, columns=len(panels), sharey=True)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
     top = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
@@ -109,8 +110,8 @@ def kept_channels(masks, title):
     ax.legend()
 
 
-def bars(table, title, value, unit, label="network", reference=None, start=0):
-    """Horizontal bars of one column. `reference`: (value, text) of a published figure, marked by a line."""
+def bars(table, title, value, unit, label="network", start=0):
+    """Horizontal bars of one column."""
     fig, ax = figure(title, 8, 0.42 * len(table) + 1.2)
     y = np.arange(len(table))[::-1]
     ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table[label]])
@@ -119,9 +120,6 @@ def bars(table, title, value, unit, label="network", reference=None, start=0):
     ax.set_yticks(y, table[label])
     ax.set(xlabel=unit)
     ax.set_xlim(start, table[value].max() + 0.1 * (table[value].max() - start))
-    if reference:
-        ax.axvline(reference[0], color=COLORS["published"], ls=":", label=reference[1])
-        ax.legend(loc="lower left", fontsize=8)
 
 
 def groups(model, title):
@@ -166,3 +164,37 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
     if len(ys) > 1:
         ax.legend()
     return ax
+
+
+def result(stages, path):
+    """The course in one picture, written to `path`: γ under both penalties, top-1 before and after the cut and in the end."""
+    base, sparse, masked, last = (stages[n] for n in stages if n[:2] in ("01", "02", "03", "05"))
+    fig, axes = figure("Who is pushed, and what the cut costs", width=11, columns=3)
+    panels = {"|γ| under the global penalty": sparse.gammas("global")[-1], "|γ| under the masked penalty": masked.gammas("masked")[-1]}
+    gamma_histograms(panels, "", keep_flags(base.model("baseline"), sparse.masks()), axes=axes[:2])
+    stations = ("before the cut", "after the cut", "fine-tuned")
+    for name, found in {"global": (sparse, sparse, last), "masked": (masked, masked, last)}.items():
+        axes[2].plot([s.top1(f"{name}: {station}") for s, station in zip(found, stations)], "o-", color=color(name), label=name)
+    axes[2].axhline(base.top1("baseline"), color=COLORS["baseline"], ls="--", label="baseline")
+    axes[2].set(title="test top-1 (%), same channels removed")
+    axes[2].set_xticks(range(3), stations)
+    axes[2].legend()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+def published(ax, value, text):
+    """Mark a published top-1 (percent) by a dotted line."""
+    ax.axhline(value, color=COLORS["published"], ls=":", label=f"published: {text}")
+    ax.legend()
+
+
+def dots(values, title, unit):
+    """One labelled value a row, best on top: ours filled in the method's colour, published ones hollow. `values`: dict."""
+    _, ax = figure(title, 8, 0.3 * len(values) + 1.2)
+    for y, (name, value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        ink = color(name)
+        ax.scatter(value, y, s=40, zorder=3, edgecolor=ink or COLORS["published"], color=ink or "none")
+    ax.axvline(0, color=COLORS["dense"], lw=1)
+    ax.set_yticks(range(len(values)), sorted(values, key=values.get))
+    ax.set(xlabel=unit)

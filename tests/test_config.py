@@ -2,6 +2,7 @@ import pytest
 
 import mslib as ms
 from mslib import course
+from mslib.files import write_json
 
 
 def test_presets_and_overrides():
@@ -76,8 +77,25 @@ def test_a_carried_folder_of_other_settings_is_refused(tmp_path):
 def test_unknown_lesson_and_reference():
     with pytest.raises(ValueError, match="'06'; known: 00_start_here"):
         ms.stage("06", ms.config("quick"))
-    with pytest.raises(FileNotFoundError, match="no reference nothing/01_baseline"):
-        ms.reference("nothing", "01_baseline")
+    with pytest.raises(FileNotFoundError, match="no reference 'nothing'; there are: "):
+        ms.reference("nothing")
+
+
+def test_the_largest_run_is_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "REFERENCE", tmp_path)
+    for preset in ("quick", "standard"):
+        write_json(tmp_path / f"net-{preset}" / "01_baseline" / "metrics.json", {"settings": {"preset": preset}, "rows": []})
+    assert ms.reference("net")["01_baseline"].settings == {"preset": "standard"}
+    assert ms.reference("net-quick")["01_baseline"].settings == {"preset": "quick"}
+
+
+def test_published_results_are_complete_and_agree_with_themselves():
+    table = ms.published("ResNet-56")
+    assert table.base["He et al."] == 93.03 and table.delta["GReg-1"] == -0.18
+    both = table.dropna(subset="pruned")
+    assert len(both) >= 9 and ((both.pruned - both.base - both.delta).abs() < 0.005).all()
+    assert ms.published("ResNet-110").reduction["MaskSparsity"] == 63.03
+    assert ms.published("ResNet-50", "ILSVRC-2012").delta["MaskSparsity"] == -0.76
 
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():

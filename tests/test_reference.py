@@ -21,7 +21,7 @@ def test_a_reference_says_how_it_was_measured(name, lesson):
     metrics = json.loads((REFERENCE / name / lesson / "metrics.json").read_text())
     assert {"torch", "python", "hardware", "threads", "date", "settings"} <= metrics.keys()
     assert metrics["settings"]["seed"] >= 0 and metrics["settings"]["dataset"]
-    stage = ms.reference(name, lesson)
+    stage = ms.reference(name)[lesson]
     assert (stage / f"{lesson}.ipynb").exists()
     for history in stage.path.glob("*/history.json"):
         settings = json.loads((history.parent / "settings.json").read_text())
@@ -32,7 +32,7 @@ def test_a_reference_says_how_it_was_measured(name, lesson):
 
 @pytest.mark.parametrize("name, lesson", stages())
 def test_the_weights_reach_the_reported_top1_on_the_real_test_images(name, lesson, request):
-    stage = ms.reference(name, lesson)
+    stage = ms.reference(name)[lesson]
     found = [key for key in WEIGHTS if (stage / f"{key}.pt").exists() or (stage / key / "model.pt").exists()]
     if not found:
         pytest.skip("no weights in this stage")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import mslib as ms
-from mslib import badges
+from mslib import stamp
 from mslib.course import NEEDS, REFERENCE
 from mslib.files import ROOT
 
@@ -40,9 +40,18 @@ def test_binder_installs_the_course():
 
 
 def test_every_badge_and_link_has_the_address_of_pyproject():
-    found = list(badges.places())
+    found = list(stamp.places())
     assert {path.name for path, _ in found} == {"README.md", *(p.name for p in LESSONS)}
-    assert {where for _, where in found} == {badges.address()}
+    assert {where for _, where in found} == {stamp.address()}
+
+
+def test_readme_shows_the_measured_results():
+    if "<!-- results -->" not in README:
+        pytest.skip("no finished reference run yet")
+    shown = stamp.RESULTS.search(README).group(0)
+    assert shown == stamp.results(), "run `python -m mslib stamp`"
+    for link in re.findall(r"\]\(([^)]+)\)", shown):
+        assert (ROOT / link).exists(), link
 
 
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
@@ -51,13 +60,13 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
         target.parent.mkdir(exist_ok=True)
         target.write_text(
             path.read_text().replace(
-                'Repository = "https://github.com/' + badges.address(), 'Repository = "https://github.com/me/my.course'
+                'Repository = "https://github.com/' + stamp.address(), 'Repository = "https://github.com/me/my.course'
             )
         )
-    monkeypatch.setattr(badges, "ROOT", tmp_path)
-    before = len(list(badges.places()))
-    assert len(badges.stamp()) == 1 + len(LESSONS) and badges.stamp() == []
-    after = list(badges.places())
+    monkeypatch.setattr(stamp, "ROOT", tmp_path)
+    before = len(list(stamp.places()))
+    assert len(stamp.stamp()) == 1 + len(LESSONS) and stamp.stamp() == []
+    after = list(stamp.places())
     assert len(after) == before and {where for _, where in after} == {"me/my.course"}
     for path in (tmp_path / "notebooks").iterdir():
         nbformat.validate(nbformat.read(path, 4))

@@ -1,0 +1,68 @@
+"""What stands in one place and is written into README and lessons: the repository's address, the measured results."""
+
+import json
+import re
+import tomllib
+
+from . import course
+from .files import ROOT, replacing
+
+PLACES = r"(github\.com/|/github/|/v2/gh/)[\w.-]+/[\w.-]+?(?=(\.git)?[/\s\"')\]\\]|$)"
+RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
+
+
+def address():
+    """ "owner/name" of the repository, from [project.urls] in pyproject.toml."""
+    url = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    return url.removeprefix("https://github.com/").rstrip("/")
+
+
+def places():
+    """(file, "owner/name") for every badge, clone command and link to the repository in README and lessons."""
+    for path in _files():
+        for line in _lines(path):
+            for found in re.finditer(PLACES, line):
+                yield path, found.group(0).removeprefix(found.group(1))
+
+
+def results():
+    """The README's section of results, in Markdown, from the reference run that the lessons show."""
+    stages = list(course.reference().values())
+    table = course.scoreboard(stages)
+    rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.astype(str).to_numpy()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    folder = stages[0].path.parent.relative_to(ROOT).as_posix()
+    copies = " · ".join(f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages)
+    settings = ", ".join(f"{k} {v}" for k, v in stages[-1].settings.items() if k not in ("image_size", "train_size", "test_size"))
+    m, minutes = stages[-1].metrics, sum(s.minutes for s in stages)
+    return (
+        f"![What the cut costs, and what is left after fine-tuning]({folder}/result.png)\n\n" + "\n".join(lines) + "\n\n"
+        f"Test top-1 of one run with {settings}; {m['date']}, {m['hardware']}, {m['threads']} threads, torch {m['torch']}; "
+        f"{minutes:.0f} minutes of training in all. The lessons as executed in this run: {copies}.\n"
+    )
+
+
+def stamp():
+    """Write the address of pyproject.toml everywhere and the results into README; returns the files that changed."""
+    changed = []
+    for path in _files():
+        text = path.read_text()
+        new = re.sub(PLACES, lambda m: m.group(1) + address(), text)
+        if RESULTS.search(new):
+            new = RESULTS.sub(lambda m: results(), new)
+        if new != text:
+            with replacing(path) as beside:
+                beside.write_text(new)
+            changed.append(path.relative_to(ROOT))
+    return changed
+
+
+def _files():
+    return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+
+
+def _lines(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        return ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    return [text]
