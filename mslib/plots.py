@@ -170,7 +170,10 @@ def result(stages, path):
     """The course in one picture, written to `path`: γ under both penalties, top-1 before and after the cut and in the end."""
     base, sparse, masked, last = (stages[n] for n in stages if n[:2] in ("01", "02", "03", "05"))
     fig, axes = figure("Who is pushed, and what the cut costs", width=11, columns=3)
-    panels = {"|γ| under the global penalty": sparse.gammas("global")[-1], "|γ| under the masked penalty": masked.gammas("masked")[-1]}
+    panels = {
+        "|γ| under the global penalty": sparse.gammas("global")[-1],
+        "|γ| under the masked penalty": masked.gammas("masked")[-1],
+    }
     gamma_histograms(panels, "", keep_flags(base.model("baseline"), sparse.masks()), axes=axes[:2])
     stations = ("before the cut", "after the cut", "fine-tuned")
     for name, found in {"global": (sparse, sparse, last), "masked": (masked, masked, last)}.items():
