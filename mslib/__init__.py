@@ -2,8 +2,9 @@
 
     import mslib as ms
 
-Networks and images: resnet, load_data, save, load. Training: fit, evaluate. Penalties: GlobalL1, MaskedL1, push.
-Masks and surgery: masks_below, masks_for_macs, channel_groups, prune, zero_masked. Cost: cost, latency.
+Networks and images: resnet, vgg, load_data, save, load. Training: fit, evaluate.
+Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow; HoldZero; they add up.
+Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
 """
 
@@ -13,10 +14,22 @@ from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
 from .data import load_data, normalize
 from .files import ROOT
+from .flow import FeatureFlow
 from .graph import ChannelGraph
-from .masks import channel_groups, gammas, load_masks, masks_below, masks_for_macs, save_masks
-from .models import PaddedShortcut, load, resnet, save
-from .penalties import GlobalL1, MaskedL1, push
+from .growing import GrowingL2
+from .masks import (
+    channel_groups,
+    filter_norms,
+    gammas,
+    load_masks,
+    masks_below,
+    masks_for_macs,
+    masks_for_ratio,
+    save_masks,
+    weight_norms,
+)
+from .models import PaddedShortcut, load, resnet, save, vgg
+from .penalties import GlobalL1, HoldZero, MaskedL1, push
 from .prune import prune, zero_masked
 from .runs import environment
 from .train import evaluate, fit, learning_rates

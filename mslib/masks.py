@@ -5,8 +5,10 @@ A mask is plain data. The functions here make one from γ (or from any scores), 
 
 import difflib
 import logging
+import math
 
 import torch
+from torch import nn
 
 from .cost import cost
 from .files import read_tensors, write_tensors
@@ -68,6 +70,58 @@ def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None):
         reached = remaining_macs(graph, cut(middle), layers) <= (1 - reduction) * total
         low, high = (low, middle) if reached else (middle, high)
     return _with_floor(graph, cut(high), scores)
+
+
+def filter_norms(model, residual=False):
+    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like `gammas`.
+
+    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
+    """
+    graph = ChannelGraph(model)
+    writer = {norm: conv for conv, norm in graph.norm_after.items()}
+    names = [n for n in graph.prunable_norms(residual) if n in writer]
+    return {n: graph.modules[writer[n]].weight.detach().abs().float().flatten(1).mean(1).cpu() for n in names}
+
+
+def weight_norms(model):
+    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight]."""
+    return {n: m.weight.detach().abs().float().cpu() for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def masks_for_ratio(model, reduction, scores):
+    """Drop a given share of the channels (or weights) of lowest score.
+
+    `reduction`: one fraction in (0, 1), of all layers ranked together; or a dict[name prefix -> fraction], each layer
+    for itself by the longest prefix that fits, others whole: {"stage1": 0.75, "stage3": 0.32}, {"": 0.5} for all alike.
+    A layer loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
+    `scores`: `gammas`, `filter_norms` or `weight_norms` of the model, or any dict like them. `model`: or its ChannelGraph.
+
+    Raises ValueError for a fraction outside [0, 1) or a prefix that no layer has.
+    """
+    each = reduction if isinstance(reduction, dict) else {"": reduction}
+    for prefix, fraction in each.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5")
+        if not any(name.startswith(prefix) for name in scores):
+            raise ValueError(f"reduction for {prefix!r}: no such layer; there are {', '.join(list(scores)[:3])} …")
+    channels = all(s.ndim == 1 for s in scores.values())
+    graph = None
+    if channels:
+        graph = model if isinstance(model, ChannelGraph) else ChannelGraph(model)
+        scores = _shared_scores(graph, scores)
+    if not isinstance(reduction, dict):
+        together = torch.cat([s.flatten() for s in scores.values()]).sort().values
+        line = together[math.ceil(reduction * len(together)) - 1] if reduction else -torch.inf
+        masks = {name: s > line for name, s in scores.items()}
+    else:
+        masks = {}
+        for name, s in scores.items():
+            fraction = each[max((p for p in each if name.startswith(p)), key=len)] if name.startswith(tuple(each)) else 0
+            order = s.flatten().argsort(stable=True)
+            keep = torch.ones(s.numel(), dtype=torch.bool)
+            keep[order[: min(math.ceil(fraction * s.numel()), s.numel() - 1)]] = False
+            masks[name] = keep.reshape(s.shape)
+    return _with_floor(graph, masks, scores) if graph else masks
 
 
 def remaining_macs(graph, masks, layers):

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets (He et al. 2016, section 4.2) and how to save a network of any width."""
+"""The CIFAR ResNets (He et al. 2016, section 4.2) and VGGs, and how to save a network of any width."""
 
 import copy
 
@@ -74,6 +74,31 @@ class ResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1))  # [N, num_classes]
 
 
+class VGG(nn.Module):
+    """VGG with BatchNorm as the pruning papers use it on CIFAR: 3×3 convolutions in five stages, one linear layer."""
+
+    def __init__(self, convolutions, width=1.0, num_classes=10, in_channels=3):
+        super().__init__()
+        layers = []
+        for stage, n in enumerate(convolutions):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(n):
+                out_channels = max(1, round(width * min(64 * 2**stage, 512)))
+                layers += [
+                    nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                    nn.ReLU(inplace=True),
+                ]
+                in_channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_channels, num_classes)
+        initialize(self)
+
+    def forward(self, x):  # [N, 3, H, W], H and W divisible by 16
+        return self.fc(self.pool(self.features(x)).flatten(1))  # [N, num_classes]
+
+
 def initialize(model):
     """Draw the convolutions anew as He does, with γ = 1 / √blocks in the last BatchNorm of each block.
 
@@ -92,7 +117,7 @@ def initialize(model):
 
 
 def untrained(model):
-    """A network of the same widths as `model`, a ResNet pruned or not, with fresh random weights."""
+    """A network of the same widths as `model`, a ResNet or VGG pruned or not, with fresh random weights."""
     fresh = copy.deepcopy(model)
     fresh.fc.reset_parameters()
     initialize(fresh)
@@ -108,6 +133,19 @@ def resnet(depth=56, num_classes=10, in_channels=3):
         raise ValueError(f"depth {depth}: a CIFAR ResNet has 6n + 2 layers; try 20, 32, 44, 56 or 110")
     model = ResNet((depth - 2) // 6, num_classes, in_channels)
     model.recipe = {"network": "resnet", "depth": depth, "num_classes": num_classes, "in_channels": in_channels}
+    return model
+
+
+def vgg(depth=16, num_classes=10, width=1.0, in_channels=3):
+    """CIFAR VGG of `depth` 11, 13, 16 or 19 with BatchNorm; `width` scales all channels. Images of 16 pixels a side or more.
+
+    Raises ValueError for another depth or a width that is not above 0.
+    """
+    convolutions = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+    if depth not in convolutions or not width > 0:
+        raise ValueError(f"vgg({depth}, width={width}): depth is 11, 13, 16 or 19, and width above 0")
+    model = VGG(convolutions[depth], width, num_classes, in_channels)
+    model.recipe = {"network": "vgg", "depth": depth, "num_classes": num_classes, "width": width, "in_channels": in_channels}
     return model
 
 
@@ -173,4 +211,4 @@ def resize(model, state, origin="the state"):
     return model
 
 
-NETWORKS = {"resnet": resnet}
+NETWORKS = {"resnet": resnet, "vgg": vgg}

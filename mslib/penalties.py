@@ -1,5 +1,7 @@
 """Sparsity penalties: callables without arguments that return one scalar loss term."""
 
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from .graph import ChannelGraph
@@ -7,7 +9,95 @@ from .masks import check_masks
 from .train import MOMENTUM, learning_rates
 
 
-class _GammaL1:
+class Penalty:
+    """What `fit` does with a penalty beside adding its value to the loss. `a + b` is the penalty that does both."""
+
+    def step(self, iteration):
+        """Called before each iteration."""
+
+    def proximal_step(self, lr):
+        """Called after each optimizer step, with lr / (1 - momentum): the step size that a lasting gradient has."""
+
+    @contextmanager
+    def attached(self):
+        """Entered while training, left at its end and when it is interrupted: the place for hooks."""
+        yield self
+
+    def state_dict(self):
+        """What changes while training: kept in checkpoints and with the finished run."""
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def __add__(self, other):
+        return Sum(self, other)
+
+
+class Sum(Penalty):
+    """Several penalties as one."""
+
+    def __init__(self, *parts):
+        self.parts = [q for p in parts for q in (p.parts if isinstance(p, Sum) else [p])]
+
+    def __repr__(self):
+        return " + ".join(map(repr, self.parts))
+
+    def __call__(self):
+        return sum(part() for part in self.parts)
+
+    def step(self, iteration):
+        for part in self.parts:
+            part.step(iteration)
+
+    def proximal_step(self, lr):
+        for part in self.parts:
+            part.proximal_step(lr)
+
+    @contextmanager
+    def attached(self):
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.attached())
+            yield self
+
+    def state_dict(self):
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state):
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
+class HoldZero(Penalty):
+    """No penalty: sets the weights that `masks` drops to zero, now and after each step of a training (fine-tuning).
+
+    masks: dict[layer name -> BoolTensor shaped like its weight], True = keep, as `masks_for_ratio` makes of weights.
+    """
+
+    def __init__(self, model, masks):
+        modules = dict(model.named_modules())
+        for name, keep in masks.items():
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or weight.shape != keep.shape:
+                shape = "no such layer" if weight is None else f"its weight is {list(weight.shape)}"
+                raise ValueError(f"mask for {name!r} has shape {list(keep.shape)}; {shape}")
+        self.weights = [(modules[name].weight, keep) for name, keep in masks.items()]
+        self.proximal_step(0)
+
+    def __repr__(self):
+        return f"HoldZero({sum(int((~keep).sum()) for _, keep in self.weights)} weights)"
+
+    def __call__(self):
+        return torch.zeros(())
+
+    @torch.no_grad()
+    def proximal_step(self, lr):
+        for weight, keep in self.weights:
+            weight *= keep.to(weight.device)
+
+
+class _GammaL1(Penalty):
     """λ·Σ|γ| over chosen channels: by its subgradient λ·sign(γ), or (proximal) by soft-thresholding after each step."""
 
     def __init__(self, model, chosen, strength, proximal):

@@ -15,8 +15,8 @@ log = logging.getLogger("mslib")
 
 
 class Run:
-    """A folder with settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt, gammas.pt
-    and history.json (written last: it marks the run as finished).
+    """A folder with settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt, gammas.pt,
+    penalty.pt (if the penalty has a state) and history.json (written last: it marks the run as finished).
 
     Raises ValueError when the folder was made with other settings; nothing in it is touched then.
     """

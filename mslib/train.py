@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .data import batches, steps_per_epoch
-from .files import write_tensors
+from .files import read_tensors, write_tensors
 from .models import load, save
 from .progress import Progress
 from .runs import Run, read_history
@@ -42,9 +42,8 @@ def fit(
 ):  # fmt: skip
     """Train `model` in place on `data.train` with SGD (Nesterov momentum 0.9); return the history, one row an epoch.
 
-    `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it has `step(iteration)`,
-    that is called before each iteration; if it has `proximal_step(lr)`, that is called after each optimizer step
-    with the step size lr / (1 - momentum) that a lasting gradient has.
+    `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
+    `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
     `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
     epoch and ends, on the CPU, with the same weights, bit for bit.
     `precision`: "bf16" (autocast), "fp32", or "auto": bf16 where the processor computes in it.
@@ -75,6 +74,8 @@ def fit(
         })  # fmt: skip
         if run.finished:
             load(run.path / "model.pt", model)
+            if (run.path / "penalty.pt").exists():
+                _optional(penalty, "load_state_dict")(read_tensors(run.path / "penalty.pt"))
             history = read_history(run.path)
             progress.update(
                 f"finished before, loaded: {epochs} epochs, held-out top-1 {history.val_top1.iloc[-1]:.2f} %", keep=True
@@ -85,35 +86,18 @@ def fit(
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             start, history, gammas, before = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
-            if hasattr(penalty, "load_state_dict"):
-                penalty.load_state_dict(state["penalty"])
+            _optional(penalty, "load_state_dict")(state["penalty"])
 
     began = time.monotonic()
     for epoch in range(start, epochs):
-        model.train()
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
-        total = total_penalty = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(batches(train, batch_size, generator)):
-            iteration = epoch * steps + i
-            for group in optimizer.param_groups:
-                group["lr"] = rates[iteration]
-            if hasattr(penalty, "step"):
-                penalty.step(iteration)
-            with autocast(device, precision):
-                loss = nn.functional.cross_entropy(model(x), y)
-            extra = penalty() if penalty else torch.zeros((), device=device)
-            optimizer.zero_grad()
-            (loss + extra).backward()
-            optimizer.step()
-            if hasattr(penalty, "proximal_step"):
-                penalty.proximal_step(rates[iteration] / (1 - MOMENTUM))
-            total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
-            if i % 10 == 0:
-                progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}")
+        loss, extra = _epoch(
+            model, batches(train, batch_size, generator), optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps],
+            epoch * steps, precision, lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
+        )  # fmt: skip
         gammas.append(all_gammas(model))
         history.append({
-            "epoch": epoch + 1, "lr": rates[iteration], "loss": float(total) / steps,
-            "penalty": float(total_penalty) / steps, "val_top1": evaluate(model, val, precision=precision),
+            "epoch": epoch + 1, "lr": rates[(epoch + 1) * steps - 1], "loss": loss, "penalty": extra, "val_top1": evaluate(model, val, precision=precision),
             "gamma_median": float(gammas[-1].float().median()), "gamma_below": float((gammas[-1] < 0.01).float().mean()),
         })  # fmt: skip
         row, seconds = history[-1], before + time.monotonic() - began
@@ -123,7 +107,7 @@ def fit(
             run.save_checkpoint(epoch + 1, {
                 "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
                 "gammas": torch.stack(gammas), "seconds": seconds,
-                "penalty": penalty.state_dict() if hasattr(penalty, "state_dict") else None,
+                "penalty": _optional(penalty, "state_dict")(),
             })  # fmt: skip
         progress.update(
             f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s",
@@ -133,8 +117,38 @@ def fit(
     if run:
         save(model, run.path / "model.pt")
         write_tensors(run.path / "gammas.pt", torch.stack(gammas))
+        if state := _optional(penalty, "state_dict")():
+            write_tensors(run.path / "penalty.pt", state)
         run.finish(history, seconds)
     return pd.DataFrame(history)
+
+
+def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show):
+    """Train on every batch of `loader` once; mean cross-entropy and mean penalty, two floats."""
+    device = next(model.parameters()).device
+    total = total_penalty = torch.zeros((), device=device)
+    model.train()
+    with getattr(penalty, "attached", nullcontext)():
+        for i, (x, y) in enumerate(loader):
+            for group in optimizer.param_groups:
+                group["lr"] = rates[i]
+            _optional(penalty, "step")(iteration + i)
+            with autocast(device, precision):
+                loss = nn.functional.cross_entropy(model(x), y)
+            extra = penalty() if penalty else torch.zeros((), device=device)
+            optimizer.zero_grad()
+            (loss + extra).backward()
+            optimizer.step()
+            _optional(penalty, "proximal_step")(rates[i] / (1 - MOMENTUM))
+            total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
+            if i % 10 == 0:
+                show(i)
+    return float(total) / len(rates), float(total_penalty) / len(rates)
+
+
+def _optional(penalty, name):
+    """The method `name` of a penalty that may be a plain callable, or None."""
+    return getattr(penalty, name, lambda *_: None)
 
 
 @torch.no_grad()
