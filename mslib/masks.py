@@ -91,18 +91,18 @@ def weight_norms(model):
 def masks_for_ratio(model, reduction, scores):
     """Drop a given share of the channels (or weights) of lowest score.
 
-    `reduction`: one fraction in (0, 1), of all layers ranked together; or a dict[name prefix -> fraction], each layer
-    for itself by the longest prefix that fits, others whole: {"stage1": 0.75, "stage3": 0.32}, {"": 0.5} for all alike.
+    `reduction`: one fraction in (0, 1), of all layers ranked together; or a dict[module -> fraction], each layer for
+    itself by the innermost module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}, {"": 0.5} for all alike.
     A layer loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
     `scores`: `gammas`, `filter_norms` or `weight_norms` of the model, or any dict like them. `model`: or its ChannelGraph.
 
-    Raises ValueError for a fraction outside [0, 1) or a prefix that no layer has.
+    Raises ValueError for a fraction outside [0, 1) or a module without such layers.
     """
     each = reduction if isinstance(reduction, dict) else {"": reduction}
     for prefix, fraction in each.items():
         if not 0 <= fraction < 1:
             raise ValueError(f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5")
-        if not any(name.startswith(prefix) for name in scores):
+        if not any(_within(name, prefix) for name in scores):
             raise ValueError(f"reduction for {prefix!r}: no such layer; there are {', '.join(list(scores)[:3])} …")
     channels = all(s.ndim == 1 for s in scores.values())
     graph = None
@@ -116,12 +116,16 @@ def masks_for_ratio(model, reduction, scores):
     else:
         masks = {}
         for name, s in scores.items():
-            fraction = each[max((p for p in each if name.startswith(p)), key=len)] if name.startswith(tuple(each)) else 0
+            fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=None), 0)
             order = s.flatten().argsort(stable=True)
             keep = torch.ones(s.numel(), dtype=torch.bool)
             keep[order[: min(math.ceil(fraction * s.numel()), s.numel() - 1)]] = False
             masks[name] = keep.reshape(s.shape)
     return _with_floor(graph, masks, scores) if graph else masks
+
+
+def _within(name, prefix):
+    return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
 def remaining_macs(graph, masks, layers):

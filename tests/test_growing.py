@@ -145,12 +145,14 @@ def test_one_shot_has_full_strength_from_the_first_iteration():
 @pytest.mark.parametrize("kind", ["GReg-1", "GReg-2"])
 def test_unstructured_weights_one_by_one(kind):
     model = lively(ms.resnet(8, 3)).train()
-    masks = ms.masks_for_ratio(model, {"stage": 0.9}, ms.weight_norms(model))
+    masks = ms.masks_for_ratio(model, {"": 0.9, "conv": 0}, ms.weight_norms(model))
     assert int((~masks["stage1.0.conv1"]).sum()) == math.ceil(0.9 * 16 * 16 * 9) and masks["conv"].all()
     if kind == "GReg-1":
         penalty = ms.GrowingL2(model, masks, delta=0.1, every=1)
     else:
-        penalty = ms.GrowingL2(model, reduction={"stage": 0.9}, unstructured=True, pick_delta=0.1, pick_ceiling=0.1, every=1)
+        penalty = ms.GrowingL2(
+            model, reduction={"": 0.9, "conv": 0}, unstructured=True, pick_delta=0.1, pick_ceiling=0.1, every=1
+        )
     penalty.step(0)
     w, drop = model.stage1[0].conv1.weight, ~masks["stage1.0.conv1"]
     (gradient,) = torch.autograd.grad(penalty(), w)
