@@ -25,6 +25,7 @@ from .masks import (
     masks_below,
     masks_for_macs,
     masks_for_ratio,
+    outgoing_norms,
     save_masks,
     weight_norms,
 )

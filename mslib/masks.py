@@ -83,6 +83,24 @@ def filter_norms(model, residual=False):
     return {n: graph.modules[writer[n]].weight.detach().abs().float().flatten(1).mean(1).cpu() for n in names}
 
 
+def outgoing_norms(model, residual=False):
+    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those on: dict like `gammas`.
+
+    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of a filter is free, and
+    a filter in a block that adds nothing may have any. (Weights are summed over the kernel, averaged over its outputs.)
+    """
+    graph = ChannelGraph(model)
+    total = torch.zeros(len(graph.root))
+    for name, ids in graph.inputs.items():
+        weight = graph.modules[name].weight.detach().abs().float().cpu()
+        size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
+        if name in graph.norm_after:
+            norm = graph.modules[graph.norm_after[name]]
+            size = size * (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).cpu()[:, None]
+        total.index_add_(0, graph.root[ids], size.mean(0))
+    return {n: gamma * total[graph.root[graph.norms[n]]] for n, gamma in gammas(model, residual).items()}
+
+
 def weight_norms(model):
     """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight]."""
     return {n: m.weight.detach().abs().float().cpu() for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}

@@ -91,3 +91,37 @@ def test_masks_in_a_file(tmp_path):
     ms.save_masks(masks, tmp_path / "masks.pt")
     again = ms.load_masks(tmp_path / "masks.pt")
     assert masks.keys() == again.keys() and all(torch.equal(masks[n], again[n]) for n in masks)
+
+
+def test_filter_norms_are_the_mean_size_of_the_filter_before_the_batchnorm():
+    model = lively(ms.resnet(8))
+    for name, score in ms.filter_norms(model, residual=True).items():
+        conv = model.get_submodule("conv" if name == "bn" else name.replace("bn", "conv"))
+        assert torch.allclose(score, torch.stack([f.abs().mean() for f in conv.weight]))
+
+
+def test_outgoing_norms_are_gamma_times_what_the_block_does_with_the_channel():
+    model = lively(ms.resnet(8))
+    for stage in ("stage1", "stage2", "stage3"):
+        block = model.get_submodule(stage)[0]
+        score = ms.outgoing_norms(model)[f"{stage}.0.bn1"]
+        for i in range(len(score)):
+            sent = 0.0
+            for o, norm in enumerate(block.bn2.weight):
+                sent += (norm.abs() / (block.bn2.running_var[o] + 1e-5).sqrt() * block.conv2.weight[o, i].abs().sum()).item()
+            assert score[i].item() == pytest.approx(sent / len(block.bn2.weight) * float(block.bn1.weight[i].abs()), rel=1e-4)
+
+
+@pytest.mark.parametrize("reduction", [0.1, 0.5, 0.9])
+def test_one_ratio_for_all_ranks_them_together(reduction):
+    model = lively(ms.resnet(20))
+    scores = ms.gammas(model)
+    masks = ms.masks_for_ratio(model, reduction, scores)
+    total = sum(len(m) for m in masks.values())
+    dropped = sum(int((~m).sum()) for m in masks.values())
+    assert dropped == pytest.approx(reduction * total, abs=len(masks))
+    if reduction == 0.5:
+        lowest_kept = min(float(scores[n][m].min()) for n, m in masks.items())
+        assert lowest_kept >= max(float(scores[n][~m].max()) for n, m in masks.items() if not m.all())
+    with pytest.raises(ValueError, match="reduction 1.0"):
+        ms.masks_for_ratio(model, 1.0, scores)
