@@ -32,7 +32,7 @@ class Config:
     weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights")
     schedule: str = _setting("onecycle", 1, "of the learning rate: onecycle, step or constant")
     epochs: int = _setting(30, 1, "of the baseline")
-    lr: float = _setting(0.2, 1, "highest learning rate of the baseline")
+    lr: float = _setting(0.1, 1, "highest learning rate of the baseline")
     sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
     sparse_lr: float = _setting(0.05, 2, "highest learning rate with a penalty")
     global_strength: float = _setting(2e-3, 2, "λ of the penalty on every γ")
@@ -41,6 +41,15 @@ class Config:
     masked_strength: float = _setting(5e-3, 3, "λ of the penalty on the masked-out γ")
     finetune_epochs: int = _setting(4, 5, "after the cut")
     finetune_lr: float = _setting(0.05, 5, "highest learning rate after the cut")
+    layer_reduction: dict = field(
+        default_factory=lambda: {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
+        metadata={"lesson": 6, "doc": "share of the filters to remove in each layer of a stage"},
+    )
+    growing_ceiling: float = _setting(1.0, 6, "factor of the growing penalty where it ends")
+    growing_every: int = _setting(10, 6, "iterations between two steps of the factor")
+    vgg_width: float = _setting(0.25, 6, "channels of the plain network, as a share of VGG-16's")
+    flow_length: float = _setting(1.0, 7, "k1, strength on the length of the feature flow")
+    flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature")
     runs: str = field(default="runs", metadata={"doc": "folder of all runs"})
 
     def describe(self, lesson):
@@ -62,14 +71,15 @@ PRESETS = {
     # shapes on 16×16 pixels: minutes on a CPU; the short runs need a strong λ (see ms.push)
     "quick": dict(
         dataset="shapes", image_size=16, batch_size=32, epochs=7, lr=0.1,
-        sparse_epochs=3, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2,
+        sparse_epochs=3, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2, growing_ceiling=8.0, growing_every=5,
+        flow_length=3.0, flow_curvature=3.0,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),
     # CIFAR-10 on a GPU: the published lengths
     "full": dict(
         schedule="step", epochs=200, lr=0.1, sparse_epochs=100, sparse_lr=0.1, global_strength=1e-4, masked_strength=5e-4,
-        finetune_epochs=120, finetune_lr=0.01,
+        finetune_epochs=120, finetune_lr=0.01, vgg_width=1.0,
     ),
 }  # fmt: skip
 
@@ -111,8 +121,8 @@ def notebook_config(scope):
 
 def _check(cfg):
     for f in _settings():
-        value, default = getattr(cfg, f.name), f.default
-        kinds = {int: int, float: (int, float), str: str, bool: bool, type(None): (int, type(None))}[type(default)]
+        value, default = getattr(cfg, f.name), getattr(Config(), f.name)
+        kinds = {int: int, float: (int, float), str: str, bool: bool, dict: dict, type(None): (int, type(None))}[type(default)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name != "seed":
@@ -120,6 +130,9 @@ def _check(cfg):
     for name in ("reduction", "val"):
         if not 0 < getattr(cfg, name) < 1:
             raise ValueError(f"{name}={getattr(cfg, name)!r}: a fraction between 0 and 1, for example 0.5")
+    for name, share in cfg.layer_reduction.items():
+        if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise ValueError(f"layer_reduction: {name!r}: {share!r}; a share from 0 to below 1, for example 0.5")
     if cfg.schedule not in SCHEDULES:
         raise ValueError(f"schedule={cfg.schedule!r}" + _nearest(cfg.schedule, SCHEDULES))
 

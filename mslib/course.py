@@ -112,7 +112,7 @@ def stage(lesson, cfg):
     preset = config(cfg.preset).up_to(int(lesson[:2]))
     changed = [f"{k}={v}" for k, v in settings.items() if v != preset[k]]
     name = ",".join([lesson, *changed])
-    if len(name) > 100:
+    if len(name) > 100 or "{" in name:
         name = f"{lesson},{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # metrics.json has the settings in full
     path = ROOT / cfg.runs / cfg.preset / name
     found = Stage(lesson, path, settings)

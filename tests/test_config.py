@@ -100,7 +100,17 @@ def test_published_results_are_complete_and_agree_with_themselves():
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():
     cfg = ms.config("quick")
-    told = "\n".join(cfg.describe(n) for n in range(1, 6))
+    told = "\n".join(cfg.describe(n) for n in range(1, 8))
     for name in cfg.up_to(99):
         assert f"\n{name} " in "\n" + told
     assert set(course.NEEDS) >= {"01_baseline", "05_finetune"}
+
+
+def test_shares_of_layers_are_a_setting(tmp_path):
+    cfg = ms.config("quick", layer_reduction={"stage1": 0.5}, runs=str(tmp_path))
+    assert ms.config("quick", **cfg.overrides()) == cfg
+    assert ms.config("quick").layer_reduction == {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32}
+    with pytest.raises(ValueError, match="layer_reduction: 'stage1': 1.5; a share from 0 to below 1"):
+        ms.config("quick", layer_reduction={"stage1": 1.5})
+    with pytest.raises(ValueError, match="layer_reduction=0.5: expected a dict"):
+        ms.config("quick", layer_reduction=0.5)
