@@ -20,7 +20,7 @@ def stages():
 def test_a_reference_says_how_it_was_measured(name, lesson):
     metrics = json.loads((REFERENCE / name / lesson / "metrics.json").read_text())
     assert {"torch", "python", "hardware", "threads", "date", "settings"} <= metrics.keys()
-    assert metrics["settings"]["seed"] >= 0 and metrics["settings"]["dataset"]
+    assert lesson.startswith("00") or metrics["settings"]["seed"] >= 0 and metrics["settings"]["dataset"]
     stage = ms.reference(name)[lesson]
     assert (stage / f"{lesson}.ipynb").exists()
     for history in stage.path.glob("*/history.json"):
