@@ -240,6 +240,11 @@ class ChannelGraph:
             stay.update(self.root[torch.cat(self.added)].tolist())
         return [name for name, ids in self.norms.items() if stay.isdisjoint(self.root[ids].tolist())]
 
+    @property
+    def conv_before(self):
+        """BatchNorm -> the convolution right before it."""
+        return {norm: conv for conv, norm in self.norm_after.items()}
+
     def reason(self, norm):
         """Why BatchNorm `norm` cannot be pruned; empty if it can."""
         return next((self.reasons[r] for r in self.root[self.norms[norm]].tolist() if r in self.reasons), "")

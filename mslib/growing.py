@@ -148,7 +148,7 @@ def _weights(graph, masks, unstructured):
         masks = dict.fromkeys(graph.prunable_norms())
     else:
         check_masks(graph, {n: m for n, m in masks.items() if m.ndim == 1})
-    writer = {norm: conv for conv, norm in graph.norm_after.items()}
+    writer = graph.conv_before
     found = {}
     for name, mask in masks.items():
         conv = name if isinstance(modules.get(name), nn.Conv2d) else writer.get(name)

@@ -78,7 +78,7 @@ def filter_norms(model, residual=False):
     For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
     """
     graph = ChannelGraph(model)
-    writer = {norm: conv for conv, norm in graph.norm_after.items()}
+    writer = graph.conv_before
     names = [n for n in graph.prunable_norms(residual) if n in writer]
     return {n: graph.modules[writer[n]].weight.detach().abs().float().flatten(1).mean(1).cpu() for n in names}
 
