@@ -1,6 +1,8 @@
 # make run · test · lab · notebooks · clean; each sets up .venv by itself. PYTHON=python3.12 chooses an interpreter.
+# make run ARGS="…" passes other words to `python -m mslib run`; without any it runs the lessons up to 05.
 PYTHON ?= python3
 BIN := .venv/bin
+ARGS ?= --only 00-05
 
 .PHONY: run test lab notebooks clean
 

@@ -3,7 +3,7 @@
     import mslib as ms
 
 Networks and images: resnet, vgg, load_data, save, load. Training: fit, evaluate.
-Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow; HoldZero; they add up.
+Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
 Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
 """
@@ -14,7 +14,7 @@ from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
 from .data import load_data, normalize
 from .files import ROOT
-from .flow import FeatureFlow
+from .flow import FeatureFlow, flows
 from .graph import ChannelGraph
 from .growing import GrowingL2
 from .masks import (

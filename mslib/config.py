@@ -34,18 +34,18 @@ class Config:
     epochs: int = _setting(30, 1, "of the baseline")
     lr: float = _setting(0.1, 1, "highest learning rate of the baseline")
     sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
-    sparse_lr: float = _setting(0.05, 2, "highest learning rate with a penalty")
-    global_strength: float = _setting(2e-3, 2, "λ of the penalty on every γ")
+    sparse_lr: float = _setting(0.02, 2, "highest learning rate with a penalty")
+    global_strength: float = _setting(5e-3, 2, "λ of the penalty on every γ")
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove")
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
-    masked_strength: float = _setting(5e-3, 3, "λ of the penalty on the masked-out γ")
+    masked_strength: float = _setting(2e-2, 3, "λ of the penalty on the masked-out γ")
     finetune_epochs: int = _setting(4, 5, "after the cut")
-    finetune_lr: float = _setting(0.05, 5, "highest learning rate after the cut")
+    finetune_lr: float = _setting(0.02, 5, "highest learning rate after the cut")
     layer_reduction: dict = field(
         default_factory=lambda: {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
         metadata={"lesson": 6, "doc": "share of the filters to remove in each layer of a stage"},
     )
-    growing_ceiling: float = _setting(1.0, 6, "factor of the growing penalty where it ends")
+    growing_ceiling: float = _setting(5.0, 6, "factor of the growing penalty where it ends")
     growing_every: int = _setting(10, 6, "iterations between two steps of the factor")
     vgg_width: float = _setting(0.25, 6, "channels of the plain network, as a share of VGG-16's")
     flow_length: float = _setting(1.0, 7, "k1, strength on the length of the feature flow")
@@ -56,6 +56,12 @@ class Config:
         """The settings that first matter to `lesson` (a number), one a line: name, value, meaning."""
         rows = [(f.name, getattr(self, f.name), f.metadata["doc"]) for f in _settings() if f.metadata["lesson"] == lesson]
         return "\n".join(f"{name:16} {value!s:22} {doc}" for name, value, doc in rows)
+
+    def phase(self, name):
+        """What `fit` needs for a phase, "baseline", "sparse" or "finetune": dict of its epochs and lr and of what all share."""
+        before = "" if name == "baseline" else f"{name}_"
+        own = {"epochs": getattr(self, f"{before}epochs"), "lr": getattr(self, f"{before}lr")}
+        return own | {key: getattr(self, key) for key in ("batch_size", "schedule", "weight_decay", "seed")}
 
     def up_to(self, lesson):
         """The settings that lessons 1 to `lesson` depend on: dict; a dataset's path is reduced to its name."""
@@ -71,15 +77,15 @@ PRESETS = {
     # shapes on 16×16 pixels: minutes on a CPU; the short runs need a strong λ (see ms.push)
     "quick": dict(
         dataset="shapes", image_size=16, batch_size=32, epochs=7, lr=0.1,
-        sparse_epochs=3, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2, growing_ceiling=8.0, growing_every=5,
-        flow_length=3.0, flow_curvature=3.0,
+        sparse_epochs=3, sparse_lr=0.05, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2, finetune_lr=0.05,
+        growing_ceiling=8.0, growing_every=5, flow_length=3.0, flow_curvature=3.0,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),
     # CIFAR-10 on a GPU: the published lengths
     "full": dict(
         schedule="step", epochs=200, lr=0.1, sparse_epochs=100, sparse_lr=0.1, global_strength=1e-4, masked_strength=5e-4,
-        finetune_epochs=120, finetune_lr=0.01, vgg_width=1.0,
+        finetune_epochs=120, finetune_lr=0.01, growing_ceiling=1.0, vgg_width=1.0,
     ),
 }  # fmt: skip
 

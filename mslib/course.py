@@ -28,6 +28,8 @@ NEEDS = {
     "03_masked_regularization": ("01_baseline", "02_global_sparsity"),
     "04_pruning": ("02_global_sparsity", "03_masked_regularization"),
     "05_finetune": ("04_pruning",),
+    "06_growing_regularization": ("05_finetune",),
+    "07_feature_flow": ("06_growing_regularization",),
 }
 REFERENCE = ROOT / "data" / "reference"
 
@@ -91,7 +93,7 @@ class Stage:
     def report(self, name, model, data, epochs):
         """Measure `model` for the scoreboard, on the test images; `epochs`: all training behind it. Returns top-1."""
         price = cost(model, data.example)
-        row = {"name": name, "top1": evaluate(model, data.test), "macs": price.macs, "params": price.params, "epochs": epochs}
+        row = {"name": name, "top1": evaluate(model, data.test), "macs": price.macs, "params": price.params, "epochs": int(epochs)}
         self._rows.append(row)
         return row["top1"]
 
@@ -155,12 +157,17 @@ def data_of(cfg):
 
 
 def scoreboard(stages):
-    """One table of every network measured in `stages`: top-1 and what is left of MACs and parameters, in percent."""
+    """One table of every network measured in `stages`: top-1 and what is left of MACs and parameters, in percent.
+
+    Percent of the row "baseline" (or the first), and for names that begin with VGG-16 of "VGG-16: baseline", and so on.
+    """
     table = pd.concat([s.rows for s in stages if s.metrics["rows"]], ignore_index=True)
-    first = table.iloc[0]
+    bases = {"": 0} | {n.removesuffix("baseline").rstrip(": "): i for i, n in enumerate(table.name) if n.endswith("baseline")}
+    own = [bases[max((b for b in bases if n.startswith(b)), key=len)] for n in table.name]
+    whole = table.iloc[own].reset_index(drop=True)
     return pd.DataFrame({
         "network": table.name, "top-1 %": table.top1.round(2), "MACs M": (table.macs / 1e6).round(2),
-        "MACs left %": (100 * table.macs / first.macs).round(1), "params left %": (100 * table.params / first.params).round(1),
+        "MACs left %": (100 * table.macs / whole.macs).round(1), "params left %": (100 * table.params / whole.params).round(1),
         "epochs": table.epochs,
     })  # fmt: skip
 

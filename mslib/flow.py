@@ -31,12 +31,10 @@ class FeatureFlow(Penalty):
 
     @contextmanager
     def attached(self):
-        handles = [m.register_forward_hook(self._keep) for m in self.modules.values()]
         try:
-            yield self
+            with _hooked(self.modules, self._keep):
+                yield self
         finally:
-            for handle in handles:
-                handle.remove()
             self.features = []
 
     def _keep(self, module, _, out):
@@ -53,6 +51,27 @@ class FeatureFlow(Penalty):
             raise ValueError(f"no two consecutive layers of equal shape to follow: {shapes}; choose others by `layers`")
         length, curvature = map(sum, zip(*map(measure, flows)))
         return self.length * length + self.curvature * curvature
+
+
+@torch.no_grad()
+def flows(model, images, layers=None):
+    """The features of `images` [N, C, H, W] on their way through `model` in evaluation mode: a list of stretches of equal
+    shape, each a list of tensors, one a layer followed. `layers` as in FeatureFlow. The network is left as it was."""
+    features, training = [], model.training
+    with _hooked(followed(model, layers), lambda module, _, out: features.append(out.clone())):
+        model.eval()(images)
+    model.train(training)
+    return runs(features)
+
+
+@contextmanager
+def _hooked(modules, hook):
+    handles = [m.register_forward_hook(hook) for m in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def followed(model, layers=None):

@@ -24,8 +24,8 @@ class GrowingL2(Penalty):
     like its weights) for single weights. `unstructured`: let GReg-2 pick single weights.
     Defaults are the released settings for CIFAR, made for 100,000 iterations: a short run needs a larger `delta`.
 
-    `masks` (None before GReg-2 has picked), `history`: a row an update; `magnitudes`: mean |W| of every filter,
-    float16 [updates, filters], in the order of `layers`. All are part of `state_dict`, and kept with a run.
+    `masks` (None before GReg-2 has picked), `history`: a row an update; `magnitudes()`: of every filter.
+    All are part of `state_dict`, and kept with a run.
     Raises ValueError for settings out of range, or masks that do not fit the network.
     """
 
@@ -39,8 +39,9 @@ class GrowingL2(Penalty):
                             "pick_delta": pick_delta, "pick_ceiling": pick_ceiling}.items():  # fmt: skip
             if not value > 0:
                 raise ValueError(f"{name}={value}: it must be above 0")
-        if start < 0 or start > ceiling or pick_ceiling > ceiling:
-            raise ValueError(f"start={start}, pick_ceiling={pick_ceiling}: both lie between 0 and ceiling={ceiling}")
+        name, first = ("start", start) if reduction is None else ("pick_ceiling", pick_ceiling)
+        if not 0 <= first <= ceiling:
+            raise ValueError(f"{name}={first}: it lies between 0 and ceiling={ceiling}")
         self.settings = {"reduction": reduction, "delta": delta, "every": every, "ceiling": ceiling, "start": start,
                          "enough": enough, "pick_delta": pick_delta, "pick_ceiling": pick_ceiling, "kept": kept}  # fmt: skip
         self.graph, self.masks = ChannelGraph(model), masks
@@ -71,9 +72,11 @@ class GrowingL2(Penalty):
         """iteration, factor (the largest), mean |W| of the kept and of the dropped (before a pick: of the smallest), picked."""
         return pd.DataFrame(self.rows)
 
-    @property
-    def magnitudes(self):
-        return torch.stack(self.seen)
+    def magnitudes(self, layer=None):
+        """Mean |W| of every filter, of one layer or of all of them in the order of `layers`: float [updates, filters]."""
+        sizes = [len(w) for w in self.weights.values()]
+        parts = torch.stack(self.seen).float().split(sizes, 1)
+        return torch.cat(parts, 1) if layer is None else parts[self.layers.index(layer)]
 
     def scores(self):
         """Mean |W| of each filter, or |W| of each weight: dict like the masks."""

@@ -95,15 +95,26 @@ def outgoing_norms(model, residual=False):
         weight = graph.modules[name].weight.detach().abs().float().cpu()
         size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
         if name in graph.norm_after:
-            norm = graph.modules[graph.norm_after[name]]
-            size = size * (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).cpu()[:, None]
+            size = size * _passes(graph.modules[graph.norm_after[name]])[:, None]
         total.index_add_(0, graph.root[ids], size.mean(0))
     return {n: gamma * total[graph.root[graph.norms[n]]] for n, gamma in gammas(model, residual).items()}
 
 
-def weight_norms(model):
-    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight]."""
+def weight_norms(model, scaled=False):
+    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight].
+
+    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions without one are left out).
+    """
+    if scaled:
+        graph = ChannelGraph(model)
+        behind = {conv: _passes(graph.modules[norm])[:, None, None, None] for conv, norm in graph.norm_after.items()}
+        return {n: w * behind[n] for n, w in weight_norms(model).items() if n in behind}
     return {n: m.weight.detach().abs().float().cpu() for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def _passes(norm):
+    """|γ| / deviation of a BatchNorm: what it multiplies its input by, float [channels]."""
+    return (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()
 
 
 def masks_for_ratio(model, reduction, scores):

@@ -17,6 +17,8 @@ _palette = sns.color_palette("colorblind")
 COLORS = {
     "baseline": "#555555", "dense": "#555555", "global": _palette[1], "masked": _palette[0], "proximal": _palette[4],
     "scratch": _palette[2], "published": "#111111", "kept": _palette[0], "dropped": _palette[3],
+    "one-shot": _palette[5], "fixed": _palette[7], "greg-1": _palette[9], "greg-2": _palette[6],
+    "length + curvature": _palette[8], "length": _palette[2], "curvature": _palette[9],
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def keep_flags(model, masks):
 
 
 def gamma_histograms(panels, title, flags, threshold=None, axes=None):
-    """|γ| of the maskable channels, kept and dropped apart. `panels`: dict[name -> |γ| of every channel]."""
+    """|γ| of the maskable channels, kept and dropped apart; the `threshold` in the last of `panels`: dict[name -> |γ|]."""
     if axes is None:
         _, axes = figure(title, columns=len(panels), sharey=True)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
@@ -76,9 +78,9 @@ def gamma_histograms(panels, title, flags, threshold=None, axes=None):
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
         for flag, label in ((1, "kept"), (0, "dropped")):
             ax.hist(gamma[flags == flag], bins=np.linspace(0, top, 50), color=COLORS[label], alpha=0.7, label=label)
-        if threshold:
-            ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
         ax.set(title=name, xlabel="|γ|", yscale="log")
+    if threshold:
+        ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
     np.atleast_1d(axes)[0].set_ylabel("channels (log scale)")
     np.atleast_1d(axes)[-1].legend()
 
@@ -108,6 +110,20 @@ def kept_channels(masks, title):
     ax.set_xticks(x, [n.replace("stage", "s").replace(".bn", " bn") for n in masks], rotation=90, fontsize=7)
     ax.set(xlabel="BatchNorm layer, input to output", ylabel="channels")
     ax.legend()
+
+
+def trajectories(flows, title):
+    """The way of the first image through each stage, in the plane of its two main directions. `flows`: dict[name -> ms.flows]."""
+    _, axes = figure(title, columns=len(next(iter(flows.values()))))
+    for s, ax in enumerate(axes):
+        ways = {name: torch.stack(stretches[s])[:, 0].flatten(1) for name, stretches in flows.items()}  # [layers, features]
+        points = torch.cat(list(ways.values()))
+        directions = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2]
+        for name, way in ways.items():
+            ax.plot(*(way @ directions.T).T, "o-", ms=4, color=color(name), label=name)
+        ax.set(title=f"stage {s + 1}", xlabel="first main direction", ylabel="second")
+        ax.set_aspect("equal", "datalim")
+    axes[0].legend()
 
 
 def bars(table, title, value, unit, label="network", start=0):
@@ -157,7 +173,7 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
     if ax is None:
         _, ax = figure(title)
     for name, y in ys.items():
-        ax.plot(x, y, "o-", ms=3, label=name, color=color(name))
+        ax.plot(x, y, "o-" if len(x) < 40 else "-", ms=3, label=name, color=color(name))
     if xticks is not None:
         ax.set_xticks(x, xticks, rotation=90, fontsize=7)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -189,15 +205,17 @@ def result(stages, path):
 def published(ax, value, text):
     """Mark a published top-1 (percent) by a dotted line."""
     ax.axhline(value, color=COLORS["published"], ls=":", label=f"published: {text}")
-    ax.legend()
+    ax.legend(loc="lower right")
 
 
-def dots(values, title, unit):
-    """One labelled value a row, best on top: ours filled in the method's colour, published ones hollow. `values`: dict."""
-    _, ax = figure(title, 8, 0.3 * len(values) + 1.2)
-    for y, (name, value) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        ink = color(name)
-        ax.scatter(value, y, s=40, zorder=3, edgecolor=ink or COLORS["published"], color=ink or "none")
+def dots(ours, published, title, unit):
+    """One labelled value a row, best on top: ours filled in the method's colour, published ones hollow. Two dicts."""
+    values = ours | published
+    names = sorted(values, key=values.get)
+    _, ax = figure(title, 8, 0.3 * len(names) + 1.2)
+    for y, name in enumerate(names):
+        ink = (color(name) or COLORS["dense"]) if name in ours else "none"
+        ax.scatter(values[name], y, s=40, zorder=3, edgecolor=COLORS["published"], color=ink)
     ax.axvline(0, color=COLORS["dense"], lw=1)
-    ax.set_yticks(range(len(values)), sorted(values, key=values.get))
+    ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=unit)

@@ -58,7 +58,8 @@ def fit(
         raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
     device = pick_device(device)
     precision = pick_precision(precision, device)
-    model.to(device, memory_format=torch.channels_last)
+    layout = pick_layout(model, device, precision)
+    model.to(device, memory_format=layout)
     train, val = data.train.to(device), data.val.to(device)
     steps = steps_per_epoch(train, batch_size)
     rates = learning_rates(lr, epochs * steps, schedule).tolist()
@@ -92,7 +93,7 @@ def fit(
     for epoch in range(start, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
         loss, extra = _epoch(
-            model, batches(train, batch_size, generator), optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps],
+            model, layout, batches(train, batch_size, generator), optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps],
             epoch * steps, precision, lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
         )  # fmt: skip
         gammas.append(all_gammas(model))
@@ -123,7 +124,7 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show):
+def _epoch(model, layout, loader, optimizer, penalty, rates, iteration, precision, show):
     """Train on every batch of `loader` once; mean cross-entropy and mean penalty, two floats."""
     device = next(model.parameters()).device
     total = total_penalty = torch.zeros((), device=device)
@@ -134,7 +135,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
                 group["lr"] = rates[i]
             _optional(penalty, "step")(iteration + i)
             with autocast(device, precision):
-                loss = nn.functional.cross_entropy(model(x), y)
+                loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=layout)), y)
             extra = penalty() if penalty else torch.zeros((), device=device)
             optimizer.zero_grad()
             (loss + extra).backward()
@@ -187,3 +188,12 @@ def pick_precision(precision, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
+
+
+def pick_layout(model, device, precision):
+    """Channels last, unless bf16 on a CPU meets widths that are no multiples of 8: those oneDNN pads in its own layout only.
+
+    Measured on two cores, ResNet-56 at batch 128: channels last 338 images/s against 299; pruned to odd widths, 337 to 438.
+    """
+    odd = any(m.out_channels % 8 for m in model.modules() if isinstance(m, nn.Conv2d))
+    return torch.contiguous_format if odd and precision == "bf16" and device.type == "cpu" else torch.channels_last

@@ -15,6 +15,14 @@ def test_presets_and_overrides():
         quick.seed = 1
 
 
+def test_phase_is_what_fit_needs():
+    cfg = ms.config("quick", lr=0.3, sparse_lr=0.2, finetune_epochs=9, batch_size=7)
+    common = {"batch_size": 7, "schedule": cfg.schedule, "weight_decay": cfg.weight_decay, "seed": cfg.seed}
+    assert cfg.phase("baseline") == {"epochs": cfg.epochs, "lr": 0.3, **common}
+    assert cfg.phase("sparse") == {"epochs": cfg.sparse_epochs, "lr": 0.2, **common}
+    assert cfg.phase("finetune") == {"epochs": 9, "lr": cfg.finetune_lr, **common}
+
+
 def test_auto_is_quick_without_a_gpu(monkeypatch):
     monkeypatch.delenv("MSLIB_PRESET", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -12,11 +12,12 @@ import papermill
 import pytest
 
 import mslib as ms
+from mslib import course
 from mslib.course import NEEDS
-from mslib.files import ROOT
+from mslib.files import ROOT, write_json
 
 TINY = dict(
-    depth=8,
+    depth=14,
     train_size=400,
     test_size=100,
     epochs=2,
@@ -65,6 +66,7 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished):
         row = board.set_index("network").loc[name]
         assert f"{row['top-1 %']:.2f}" in done.stdout and name in done.stdout
         assert row["MACs left %"] <= (100 if name in ("baseline", "dense, trained on as long") else 50)
+    assert {"GReg-2: fine-tuned", "feature flow, by stage: fine-tuned"} <= set(board.network)
     assert ms.stage("05_finetune", cfg).rows.epochs.unique().tolist() == [4]
 
 
@@ -157,3 +159,14 @@ def test_a_run_killed_with_its_kernel_goes_on(tmp_path):
     assert done.returncode == 0 and "epoch 6/6" in done.stdout and "epoch 1/6" not in done.stdout
     cfg = ms.config("quick", **{**TINY, "epochs": 6, "train_size": 2000, "runs": str(tmp_path)})
     assert ms.stage("01_baseline", cfg).history("baseline").epoch.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_left_is_counted_from_the_own_baseline(tmp_path):
+    rows = [("baseline", 100), ("masked", 50), ("VGG: baseline", 40), ("VGG, cut", 10), ("flow", 30)]
+    entries = [{"name": n, "top1": 90.0, "macs": m * 10**6, "params": 2 * m, "epochs": 1} for n, m in rows]
+    stages = [course.Stage("x", tmp_path / str(i), {}) for i in range(2)]
+    for found, part in zip(stages, (entries[:1], entries[1:])):
+        write_json(found / "metrics.json", {"rows": part})
+    assert ms.scoreboard(stages)["MACs left %"].tolist() == [100, 50, 100, 25, 30]
+    assert ms.scoreboard(stages)["params left %"].tolist() == [100, 50, 100, 25, 30]
+    assert ms.scoreboard(stages[1:])["MACs left %"].tolist() == [100, 100, 25, 60]

@@ -149,3 +149,19 @@ def test_the_value_of_a_sum_is_the_sum():
     with parts[2].attached():
         model(x)
         assert total == pytest.approx(sum(p().item() for p in parts), rel=1e-4)
+
+
+def test_flows_are_the_features_of_evaluation_and_leave_the_network_as_it_was():
+    model = lively(ms.resnet(20, 3)).train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(2, 3, 16, 16)
+    stretches = ms.flows(model, x)
+    assert [len(s) for s in stretches] == [3, 3, 3] and model.training and not hooks(model)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    model.eval()
+    with torch.no_grad():
+        expected = model.stage1[0](torch.relu(model.bn(model.conv(x))))
+    assert torch.equal(stretches[0][0], expected)
+    with pytest.raises(RuntimeError):
+        ms.flows(model, torch.randn(2, 5, 16, 16))
+    assert not hooks(model)

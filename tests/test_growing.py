@@ -176,7 +176,8 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
     first, again = run(), run()
     assert len(first.history) == 8 and first.history.equals(again.history)
     assert first.history.picked.tolist() == [False] * 4 + [True] * 4
-    assert first.magnitudes.shape == (8, 16 + 32 + 64) and torch.equal(first.magnitudes, again.magnitudes)
+    assert first.magnitudes().shape == (8, 16 + 32 + 64) and torch.equal(first.magnitudes(), again.magnitudes())
+    assert torch.equal(first.magnitudes(first.layers[1]), first.magnitudes()[:, 16:48])
     assert all(torch.equal(first.masks[n], again.masks[n]) for n in first.masks)
 
 
@@ -188,7 +189,8 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
         ({"reduction": {"stage9": 0.5}}, "reduction for 'stage9': no such layer"),
         ({"reduction": 0.5, "delta": 0}, "delta=0: it must be above 0"),
         ({"reduction": 0.5, "every": -1}, "every=-1"),
-        ({"reduction": 0.5, "pick_ceiling": 2.0}, "pick_ceiling=2.0: both lie between 0 and ceiling=1.0"),
+        ({"reduction": 0.5, "pick_ceiling": 2.0}, "pick_ceiling=2.0: it lies between 0 and ceiling=1.0"),
+        ({"masks": {"stage1.0.bn1": torch.arange(16) > 3}, "start": 2.0}, "start=2.0: it lies between 0 and ceiling=1.0"),
         ({"masks": {"stage1.0.bn9": torch.ones(16, dtype=torch.bool)}}, "no such BatchNorm"),
         ({"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}}, r"shape \[2, 2, 3, 3\]; its weights \[16"),
     ],

@@ -12,6 +12,7 @@ import torch
 import mslib as ms
 from mslib.data import batches
 from mslib.files import read_tensors
+from mslib.train import pick_layout
 
 from .conftest import tiny_data
 
@@ -206,3 +207,11 @@ def test_a_penalty_may_have_a_step(data):
 
     ms.fit(ms.resnet(8), data, **FAST, penalty=Counting())
     assert seen == list(range(2 * (180 // 16)))
+
+
+def test_layout_goes_by_widths_precision_and_device():
+    odd = ms.prune(ms.resnet(8), {"stage1.0.bn1": torch.arange(16) < 13})
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pick_layout(odd, cpu, "bf16") is torch.contiguous_format
+    for model, device, precision in ((odd, cpu, "fp32"), (odd, gpu, "bf16"), (ms.resnet(8), cpu, "bf16")):
+        assert pick_layout(model, device, precision) is torch.channels_last
