@@ -109,7 +109,20 @@ def test_outgoing_norms_are_gamma_times_what_the_block_does_with_the_channel():
             sent = 0.0
             for o, norm in enumerate(block.bn2.weight):
                 sent += (norm.abs() / (block.bn2.running_var[o] + 1e-5).sqrt() * block.conv2.weight[o, i].abs().sum()).item()
-            assert score[i].item() == pytest.approx(sent / len(block.bn2.weight) * float(block.bn1.weight[i].abs()), rel=1e-4)
+            assert score[i].item() == pytest.approx(sent / len(block.bn2.weight) * block.bn1.weight[i].abs().item(), rel=1e-4)
+
+
+def test_scaled_weight_norms_are_what_a_weight_adds_in_evaluation():
+    model = lively(ms.resnet(8))
+    norms = ms.weight_norms(model, scaled=True)
+    assert set(norms) == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    block, x = model.stage2[0], torch.randn(2, 32, 4, 4)  # inside the block, bn2(conv2(x)) is linear in each weight
+    with torch.no_grad():
+        before = block.bn2(block.conv2(x))
+        block.conv2.weight[5, 7, 1, 1] += block.conv2.weight[5, 7, 1, 1].clone()  # twice itself: its part once more
+        added = block.bn2(block.conv2(x)) - before
+    assert torch.allclose(added[:, 5].abs(), norms["stage2.0.conv2"][5, 7, 1, 1] * x[:, 7].abs(), atol=1e-5)
+    assert added.abs().sum((0, 2, 3)).nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.parametrize("reduction", [0.1, 0.5, 0.9])
