@@ -35,7 +35,7 @@ class Config:
     lr: float = _setting(0.1, 1, "highest learning rate of the baseline")
     sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
     sparse_lr: float = _setting(0.02, 2, "highest learning rate with a penalty")
-    global_strength: float = _setting(5e-3, 2, "λ of the penalty on every γ")
+    global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ")
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove")
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(2e-2, 3, "λ of the penalty on the masked-out γ")
