@@ -37,6 +37,7 @@ class Config:
     sparse_lr: float = _setting(0.02, 2, "highest learning rate with a penalty")
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ")
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove")
+    floor: float = _setting(0.125, 2, "share of its channels that each layer keeps at least")
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(2e-2, 3, "λ of the penalty on the masked-out γ")
     finetune_epochs: int = _setting(4, 5, "after the cut")
@@ -133,7 +134,7 @@ def _check(cfg):
             raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name != "seed":
             raise ValueError(f"{f.name}={value!r}: must be above 0, for example {default!r}")
-    for name in ("reduction", "val"):
+    for name in ("reduction", "val", "floor"):
         if not 0 < getattr(cfg, name) < 1:
             raise ValueError(f"{name}={getattr(cfg, name)!r}: a fraction between 0 and 1, for example 0.5")
     for name, share in cfg.layer_reduction.items():

@@ -38,38 +38,42 @@ def masks_below(model, threshold, residual=False):
     return _with_floor(graph, {name: s >= threshold for name, s in scores.items()}, scores)
 
 
-def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None):
+def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, floor=0.0):
     """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is gone.
 
     `reduction`: fraction of the MACs to remove, in (0, 1). `scores`: dict like the masks, the higher the more worth
-    keeping; default |γ|. Every layer keeps at least one channel. The result is the smallest cut that reaches the goal.
+    keeping; default |γ|. `floor`: share of its channels that every layer keeps at least; one it keeps in any case.
+    The result is the smallest cut that reaches the goal.
 
-    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached.
+    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, or a floor
+    outside [0, 1).
     """
     if not 0 < reduction < 1:
         raise ValueError(f"reduction {reduction}: the fraction of MACs to remove lies between 0 and 1, for example 0.5")
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor {floor}: the share that each layer keeps lies between 0 and 1, for example 0.1")
     graph, layers = ChannelGraph(model), cost(model, example).layers
     scores = _shared_scores(graph, scores or gammas(model, residual))
     if not scores:
         raise ValueError(f"{type(model).__name__} has no prunable BatchNorm; ms.channel_groups(model) says why")
     ordered = torch.cat(list(scores.values())).sort().values
 
-    def cut(count):
+    def cut(count, tell=False):
         below = {name: s > ordered[count - 1] if count else torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
-        return _with_floor(graph, below, scores, tell=False)
+        return _with_floor(graph, below, scores, floor, tell)
 
     total, low, high = sum(layers.values()), 0, len(ordered)
     most = 1 - remaining_macs(graph, cut(high), layers) / total
     if most < reduction:
         raise ValueError(
-            f"reduction {reduction} is out of reach: with one channel left in each layer {most:.1%} of the MACs are gone"
+            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer {most:.1%} of the MACs are gone"
             + ("; residual=True reaches further" if not residual and len(gammas(model, True)) > len(scores) else "")
         )
     while high - low > 1:
         middle = (low + high) // 2
         reached = remaining_macs(graph, cut(middle), layers) <= (1 - reduction) * total
         low, high = (low, middle) if reached else (middle, high)
-    return _with_floor(graph, cut(high), scores)
+    return cut(high, tell=True)
 
 
 def filter_norms(model, residual=False):
@@ -172,17 +176,22 @@ def _shared_scores(graph, scores):
     return {name: best[graph.root[graph.norms[name]]] for name in scores}
 
 
-def _with_floor(graph, masks, scores, tell=True):
-    """Keep the best channel of a layer that would lose all, and make the masks say what `prune` will do."""
-    emptied = [name for name, keep in masks.items() if not keep.any()]
-    if emptied:
-        masks = dict(masks)
-        for name in emptied:
-            masks[name] = torch.arange(len(scores[name])) == scores[name].argmax()
-        if tell:
-            log.warning("one channel kept in %s: it would have lost all", ", ".join(emptied))
+def _with_floor(graph, masks, scores, floor=0.0, tell=True):
+    """Keep the best channels of a layer that would go below the floor, and make the masks say what `prune` will do."""
+    masks = dict(masks)
+    least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
+    short = [name for name, keep in masks.items() if keep.sum() < least[name]]
+    for name in short:
+        masks[name] = torch.zeros_like(masks[name])
+        masks[name][scores[name].argsort(descending=True, stable=True)[: least[name]]] = True
+    if short and tell:
+        log.warning("%s kept in %s: it would have lost %s", _least(floor), ", ".join(short), "more" if floor else "all")
     drop = graph.dropped(masks)
     return {name: ~drop[graph.norms[name]] for name in masks}
+
+
+def _least(floor):
+    return f"{floor:.1%} of the channels" if floor else "one channel"
 
 
 def check_masks(graph, masks):

@@ -138,3 +138,23 @@ def test_one_ratio_for_all_ranks_them_together(reduction):
         assert lowest_kept >= max(float(scores[n][~m].max()) for n, m in masks.items() if not m.all())
     with pytest.raises(ValueError, match="reduction 1.0"):
         ms.masks_for_ratio(model, 1.0, scores)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_no_layer_goes_below_the_floor(residual, caplog):
+    model = lively(ms.resnet(20))
+    with torch.no_grad():
+        model.stage3[2].bn1.weight.mul_(0.01)  # a layer whose every channel would go
+    for floor, least in ((0.0, 1), (0.1, 7), (0.25, 16)):
+        with caplog.at_level(logging.WARNING, logger="mslib"):
+            masks = ms.masks_for_macs(model, X, 0.4, residual, floor=floor)
+        assert int(masks["stage3.2.bn1"].sum()) == least
+        assert all(int(m.sum()) >= floor * len(m) for m in masks.values())
+        best = model.stage3[2].bn1.weight.abs().topk(least).indices.sort().values
+        assert torch.equal(masks["stage3.2.bn1"].nonzero().flatten(), best)
+        assert ms.cost(ms.prune(model, masks), X).macs <= 0.6 * ms.cost(model, X).macs
+        assert ("one channel" if not floor else f"{floor:.1%} of the channels") + " kept in stage3.2.bn1" in caplog.text
+    with pytest.raises(ValueError, match="out of reach: with 90.0% of the channels left in each layer"):
+        ms.masks_for_macs(model, X, 0.4, residual, floor=0.9)
+    with pytest.raises(ValueError, match="floor 1.5: the share"):
+        ms.masks_for_macs(model, X, 0.4, floor=1.5)
