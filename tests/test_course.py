@@ -104,7 +104,7 @@ def test_require_runs_missing_lessons(tmp_path):
     cfg = ms.config("quick", runs=str(tmp_path), **TINY | dict(epochs=1, train_size=300))
     found = ms.require("02_global_sparsity", cfg)
     assert found.finished and ms.stage("01_baseline", cfg).finished and found.masks()
-    assert found.model("global").recipe["depth"] == 8 and len(found.history("global")) == 1
+    assert found.model("global").recipe["depth"] == TINY["depth"] and len(found.history("global")) == 1
 
 
 def test_papermill_by_hand(tmp_path):
