@@ -132,10 +132,10 @@ def _check(cfg):
         kinds = {int: int, float: (int, float), str: str, bool: bool, dict: dict, type(None): (int, type(None))}[type(default)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name != "seed":
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name not in ("seed", "floor"):
             raise ValueError(f"{f.name}={value!r}: must be above 0, for example {default!r}")
     for name in ("reduction", "val", "floor"):
-        if not 0 < getattr(cfg, name) < 1:
+        if not (0 < getattr(cfg, name) < 1 or name == "floor" and cfg.floor == 0):
             raise ValueError(f"{name}={getattr(cfg, name)!r}: a fraction between 0 and 1, for example 0.5")
     for name, share in cfg.layer_reduction.items():
         if not isinstance(share, (int, float)) or not 0 <= share < 1:

@@ -92,9 +92,10 @@ def fit(
     began = time.monotonic()
     for epoch in range(start, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
+        loader = ((x.contiguous(memory_format=layout), y) for x, y in batches(train, batch_size, generator))
         loss, extra = _epoch(
-            model, layout, batches(train, batch_size, generator), optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps],
-            epoch * steps, precision, lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
+            model, loader, optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps], epoch * steps, precision,
+            lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
         )  # fmt: skip
         gammas.append(all_gammas(model))
         history.append({
@@ -124,7 +125,7 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _epoch(model, layout, loader, optimizer, penalty, rates, iteration, precision, show):
+def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show):
     """Train on every batch of `loader` once; mean cross-entropy and mean penalty, two floats."""
     device = next(model.parameters()).device
     total = total_penalty = torch.zeros((), device=device)
@@ -135,7 +136,7 @@ def _epoch(model, layout, loader, optimizer, penalty, rates, iteration, precisio
                 group["lr"] = rates[i]
             _optional(penalty, "step")(iteration + i)
             with autocast(device, precision):
-                loss = nn.functional.cross_entropy(model(x.contiguous(memory_format=layout)), y)
+                loss = nn.functional.cross_entropy(model(x), y)
             extra = penalty() if penalty else torch.zeros((), device=device)
             optimizer.zero_grad()
             (loss + extra).backward()

@@ -41,11 +41,16 @@ def test_auto_is_quick_without_a_gpu(monkeypatch):
     ("quick", {"epochs": 0}, "epochs=0: must be above 0"),
     ("quick", {"lr": True}, "lr=True"),
     ("quick", {"reduction": 1.2}, "reduction=1.2: a fraction between 0 and 1"),
+    ("quick", {"floor": -0.1}, "floor=-0.1: a fraction between 0 and 1"),
     ("quick", {"schedule": "onecycl"}, "did you mean 'onecycle'"),
 ])  # fmt: skip
 def test_bad_settings(preset, overrides, message):
     with pytest.raises(ValueError, match=message):
         ms.config(preset, **overrides)
+
+
+def test_a_layer_may_go_down_to_one_channel():
+    assert ms.config("quick", floor=0.0).floor == 0
 
 
 def test_missing_dataset():
