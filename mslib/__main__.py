@@ -1,8 +1,9 @@
-"""The command line: python -m mslib run | reference | store | stamp."""
+"""The command line: python -m mslib run | sweep | reference | store | stamp."""
 
 import argparse
 import ast
 import sys
+from pathlib import Path
 
 from . import course
 from .config import config
@@ -13,18 +14,26 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute the lessons in order through papermill; finished ones are reused")
     run.add_argument("--again", action="store_true", help="execute notebooks anew; finished trainings are still reused")
+    grid = commands.add_parser("sweep", help="run one lesson for every combination of settings; a row each in a CSV")
+    grid.add_argument("file", nargs="?", help="YAML: lesson, preset, and settings with a value or a list of values each")
+    grid.add_argument("--lesson", help="by number or name (default 05)")
+    grid.add_argument("-j", "--jobs", type=int, default=1, help="processes at a time on one machine (default 1)")
+    grid.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask scheduler whose workers see this folder")
+    grid.add_argument("--csv", help="the table (default runs/<preset>/sweep-<lesson>.csv, or named like FILE)")
+    grid.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="a setting and its values")
     keep = commands.add_parser("reference", help="copy a finished run's results to data/reference/NAME")
     keep.add_argument("name")
     store = commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
     commands.add_parser("stamp", help="write the address of pyproject.toml and the measured results into README and lessons")
     for command in (run, keep, store):
         command.add_argument("--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04")
+    for command in (run, keep, grid):
+        command.add_argument("--preset", default=None if command is grid else "auto", help="quick, standard, full or auto (default)")
     for command in (run, keep):
-        command.add_argument("--preset", default="auto", help="quick, standard, full or auto (default)")
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="change a setting")
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
+        return {"run": _run, "sweep": _sweep, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,6 +77,33 @@ def _run(options):
     for lesson in lessons:
         print(f"  {course.stage(lesson, cfg) / f'{lesson}.ipynb'}")
     return 0
+
+
+def _sweep(options):
+    import yaml
+
+    from .sweep import sweep
+
+    settings = {}
+    if options.file:
+        settings = yaml.safe_load(Path(options.file).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError(f"{options.file}: expected lines such as 'seed: [0, 1, 2]', found {settings!r}")
+    lesson, preset = str(settings.pop("lesson", "05")), settings.pop("preset", "auto")
+    lesson = (options.lesson or lesson).zfill(2)
+    lesson = next((name for name in course.NEEDS if lesson in (name, name[:2])), lesson)
+    preset = config(options.preset or preset).preset
+    for name, *values in options.p:
+        if not values:
+            raise ValueError(f"-p {name}: expected one or more values after the name, for example -p seed 0 1 2")
+        settings[name] = [_value(v) for v in values] if len(values) > 1 else _value(*values)
+    title = Path(options.file).stem if options.file else f"sweep-{lesson}"
+    path = Path(options.csv or course.ROOT / config(preset, runs=settings.get("runs")).runs / preset / f"{title}.csv")
+    failed = sweep(lesson, preset, settings, path, options.jobs, options.scheduler)
+    print(f"\n{path}")
+    for point, why in failed.items():
+        print(f"failed: {point}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _reference(options):

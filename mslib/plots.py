@@ -134,6 +134,7 @@ def bars(table, title, value, unit, label="network", start=0):
     for yy, v in zip(y, table[value]):
         ax.annotate(f"{v:,.2f}", (v, yy), (3, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_yticks(y, table[label])
+    ax.grid(visible=False, axis="y")
     ax.set(xlabel=unit)
     ax.set_xlim(start, table[value].max() + 0.1 * (table[value].max() - start))
 
@@ -204,8 +205,9 @@ def result(stages, path):
 
 def published(ax, value, text):
     """Mark a published top-1 (percent) by a dotted line."""
-    ax.axhline(value, color=COLORS["published"], ls=":", label=f"published: {text}")
-    ax.legend(loc="lower right")
+    ax.axhline(value, color=COLORS["published"], ls=":")
+    where = dict(xycoords=("axes fraction", "data"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)
+    ax.annotate(f"published: {text} {value:g}", (0, value), bbox=dict(fc="white", ec="none", pad=0.5), **where)
 
 
 def dots(ours, published, title, unit):
