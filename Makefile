@@ -1,10 +1,10 @@
-# make run · test · lab · notebooks · clean; each sets up .venv by itself. PYTHON=python3.12 chooses an interpreter.
+# make run · test · lab · bench · notebooks · clean; each sets up .venv by itself. PYTHON=python3.12 chooses an interpreter.
 # make run ARGS="…" passes other words to `python -m mslib run`; without any it runs the lessons up to 05.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --only 00-05
 
-.PHONY: run test lab notebooks clean
+.PHONY: run test lab bench notebooks clean
 
 run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
@@ -15,6 +15,9 @@ test: .venv/ready-test
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb
+
+bench: .venv/ready-test  # torch-pruning is one of the alternatives
+	$(BIN)/python -m mslib bench
 
 notebooks: .venv/ready  # execute the stored lessons anew, at quick, and keep their outputs
 	MSLIB_PRESET=quick $(BIN)/python -m mslib store

@@ -1,4 +1,4 @@
-"""The command line: python -m mslib run | sweep | reference | store | stamp."""
+"""The command line: python -m mslib run | sweep | bench | reference | store | stamp."""
 
 import argparse
 import ast
@@ -21,6 +21,8 @@ def main(arguments=None):
     grid.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask scheduler whose workers see this folder")
     grid.add_argument("--csv", help="the table (default runs/<preset>/sweep-<lesson>.csv, or named like FILE)")
     grid.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="a setting and its values")
+    table = commands.add_parser("bench", help="training, pruning and pruned networks against named alternatives, as ratios")
+    table.add_argument("--json", default=course.ROOT / "runs" / "bench.json", help="where the table goes (default runs/bench.json)")
     keep = commands.add_parser("reference", help="copy a finished run's results to data/reference/NAME")
     keep.add_argument("name")
     store = commands.add_parser("store", help="execute the stored lessons anew and keep their outputs in notebooks/")
@@ -33,7 +35,7 @@ def main(arguments=None):
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="change a setting")
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "sweep": _sweep, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
+        return {"run": _run, "sweep": _sweep, "bench": _bench, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -104,6 +106,14 @@ def _sweep(options):
     for point, why in failed.items():
         print(f"failed: {point}: {why}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _bench(options):
+    from .bench import bench
+
+    bench(options.json, say=say)
+    print(options.json)
+    return 0
 
 
 def _reference(options):

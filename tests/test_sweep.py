@@ -7,6 +7,7 @@ import time
 
 import pandas as pd
 import pytest
+import yaml
 from distributed import LocalCluster
 
 import mslib as ms
@@ -30,8 +31,8 @@ def finished(runs):
     return {path: path.stat().st_mtime_ns for path in runs.rglob("metrics.json")}
 
 
-def table(runs):
-    return pd.read_csv(runs / "quick" / "sweep-02_global_sparsity.csv")
+def table(runs, name="sweep-02_global_sparsity"):
+    return pd.read_csv(runs / "quick" / f"{name}.csv")
 
 
 def test_grid_is_every_combination_in_order():
@@ -74,13 +75,16 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(killed):
     assert third.returncode == 0 and "4 finished before; 0 runs to do" in third.stderr and finished(runs) == after
 
 
-def test_two_workers_of_a_dask_scheduler_make_the_same_table(killed, tmp_path):
+def test_a_file_and_two_workers_of_a_dask_scheduler_make_the_same_table(killed, tmp_path):
+    settings = {"lesson": 2, "preset": "quick", **SMALL, "seed": 0, "runs": str(tmp_path)}
+    (tmp_path / "mine.yml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        done = run(tmp_path, "--scheduler", cluster.scheduler_address, "-j", "2", seed=0)
+        words = ["sweep", str(tmp_path / "mine.yml"), "--scheduler", cluster.scheduler_address, "-j", "2"]
+        done = subprocess.run([sys.executable, "-m", "mslib", *words], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     columns = ["global_strength", "seed", "network", "top1", "macs", "params", "epochs", "share_kept", "shrink_on_kept"]
     here = table(killed[0])
-    pd.testing.assert_frame_equal(table(tmp_path)[columns], here[here.seed == 0].reset_index(drop=True)[columns])
+    pd.testing.assert_frame_equal(table(tmp_path, "mine")[columns], here[here.seed == 0].reset_index(drop=True)[columns])
 
 
 def test_a_failed_point_is_reported_and_the_others_end(tmp_path):

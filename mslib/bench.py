@@ -1,0 +1,146 @@
+"""Benchmarks: what this library does against a named alternative, both in one run on one machine; read the ratios."""
+
+import copy
+import itertools
+import time
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .cost import cost, latency
+from .data import Data, Split, load_data
+from .files import write_json
+from .graph import ChannelGraph
+from .masks import masks_for_macs
+from .models import resnet
+from .prune import prune
+from .runs import environment
+from .train import fit
+
+
+def bench(path, depth=56, images=1280, rounds=3, seconds=2.0, size=224, say=print):
+    """Run all benchmarks, write them to `path` (JSON) and return them as a table: what, ours, theirs, unit, ratio, theirs_is.
+
+    `depth`: of the CIFAR ResNet; `images`: how many each training loop sees in each of `rounds`; `seconds`: for each
+    latency; `size`: of the ImageNet-style images. A ratio above 1 says that ours is that many times better.
+    """
+    rows = []
+    for row in itertools.chain(training(depth, images, rounds), speed_up(depth, seconds), surgery(rounds, size)):
+        rows.append(row)
+        say("{what}: {ours:.4g} {unit}; {theirs_is}: {theirs:.4g}; ratio {ratio:.2f}".format(**row))
+    write_json(path, {"rows": rows} | environment())
+    return pd.DataFrame(rows)
+
+
+def _row(what, unit, ours, theirs, theirs_is, less_is_better=False):
+    ratio = theirs / ours if less_is_better else ours / theirs
+    return {"what": what, "unit": unit, "ours": ours, "theirs": theirs, "ratio": ratio, "theirs_is": theirs_is}
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class _Pictures(Dataset):
+    """A split as the textbook has it: PIL images, torchvision's transforms, one image at a time."""
+
+    def __init__(self, split):
+        from torchvision import transforms
+
+        self.split = split
+        steps = (transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor())
+        self.transform = transforms.Compose([transforms.ToPILImage(), *steps, transforms.Normalize([0.47] * 3, [0.25] * 3)])
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        return self.transform(self.split.images[i]), int(self.split.labels[i])
+
+
+def textbook(model, split, batch_size=128, workers=2):
+    """One epoch of the loop that tutorials teach: DataLoader, PIL transforms, fp32, PyTorch's default layout."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for x, y in DataLoader(_Pictures(split), batch_size, shuffle=True, drop_last=True, num_workers=workers):
+        loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def training(depth, images, rounds):
+    """Images a second of `fit` against the textbook loop, in turns on the same drawn images; the best round of each."""
+    drawn = load_data("shapes", image_size=32, sizes=(round(images / 0.9), 10))
+    little = Split(drawn.val.images[:10], drawn.val.labels[:10])  # `fit` also evaluates
+    data = Data("bench", drawn.train, little, little, drawn.classes)
+    loops = {"fit": lambda: fit(resnet(depth), data, epochs=1, lr=0.01), "textbook": lambda: textbook(resnet(depth), data.train)}
+    seen = len(data.train) // 128 * 128
+    best = dict.fromkeys(loops, 0.0)
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            began = time.perf_counter()
+            loop()
+            best[name] = max(best[name], seen / (time.perf_counter() - began))
+    other = "textbook loop (DataLoader, PIL transforms, fp32, default layout)"
+    yield _row(f"training ResNet-{depth}, batch 128", "images/s", best["fit"], best["textbook"], other)
+
+
+# ---- inference -----------------------------------------------------------------------------------------------------
+
+
+def _lively(model):
+    """Random γ, so that a mask has something to choose from."""
+    torch.manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.1, 1)
+    return model.eval()
+
+
+def speed_up(depth, seconds):
+    """Measured speed-up of a network cut to half of its MACs beside what the MACs promise; inner channels only, and all."""
+    model, image = _lively(resnet(depth)), torch.randn(1, 3, 32, 32)
+    for residual in (False, True):
+        small = prune(model, masks_for_macs(model, image, 0.5, residual), image)
+        promise = cost(model, image).macs / cost(small, image).macs
+        for batch in (1, 128):
+            x = torch.randn(batch, 3, 32, 32)
+            measured = latency(model, x, seconds).median / latency(small, x, seconds).median
+            what = f"speed-up, {'inner and residual' if residual else 'inner'} channels, batch {batch}"
+            yield _row(what, "times faster", measured, promise, "the ratio of the MACs")
+
+
+# ---- surgery -------------------------------------------------------------------------------------------------------
+
+
+def surgery(rounds, size):
+    """Seconds to prune torchvision's ResNet-50 by a mask, against torch-pruning removing the same channels."""
+    import torchvision
+
+    try:
+        import torch_pruning as tp
+    except ImportError:
+        return
+    model, image = _lively(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, size, size)
+    masks = masks_for_macs(model, image, 0.5)
+    writer = ChannelGraph(model).conv_before
+    best = {"ours": float("inf"), "theirs": float("inf")}
+    for _ in range(rounds):
+        began = time.perf_counter()
+        ours = prune(model, masks)
+        best["ours"] = min(best["ours"], time.perf_counter() - began)
+        began = time.perf_counter()
+        theirs = copy.deepcopy(model)
+        modules, graph = dict(theirs.named_modules()), tp.DependencyGraph().build_dependency(theirs, image)
+        for name, keep in masks.items():
+            if not keep.all():
+                gone = (~keep).nonzero().flatten().tolist()
+                graph.get_pruning_group(modules[writer[name]], tp.prune_conv_out_channels, gone).prune()
+        best["theirs"] = min(best["theirs"], time.perf_counter() - began)
+    if cost(ours, image).macs != cost(theirs, image).macs:
+        raise AssertionError("prune and torch-pruning left networks of different cost")
+    yield _row("pruning ResNet-50 by a mask", "s", best["ours"], best["theirs"], "torch-pruning, same channels", less_is_better=True)
