@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import time
 
 import pandas as pd
@@ -124,6 +125,7 @@ def surgery(rounds, size):
     try:
         import torch_pruning as tp
     except ImportError:
+        logging.getLogger("mslib").warning("torch-pruning is not installed: the comparison with it is left out")
         return
     model, image = _lively(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, size, size)
     masks = masks_for_macs(model, image, 0.5)
