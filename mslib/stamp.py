@@ -31,7 +31,7 @@ def results():
     table = course.scoreboard(stages)
     rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.astype(str).to_numpy()]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    folder = stages[0].path.parent.relative_to(ROOT).as_posix()
+    folder = stages[0].path.parent.relative_to(course.ROOT).as_posix()
     copies = " · ".join(f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages)
     settings = ", ".join(f"{k} {v}" for k, v in stages[-1].settings.items() if k not in ("image_size", "train_size", "test_size"))
     m, minutes = stages[-1].metrics, sum(s.minutes for s in stages)

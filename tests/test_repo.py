@@ -82,7 +82,7 @@ def test_links_in_readme_and_lessons_lead_somewhere():
 
 def test_readme_names_only_make_targets_and_commands_that_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make (run|test|lab|notebooks|clean)\b", README)) <= targets and {"run", "test", "lab"} <= targets
+    assert set(re.findall(r"`?make (run|test|lab|bench|notebooks|clean)\b", README)) <= targets and {"run", "test", "lab"} <= targets
     for name in re.findall(r"ms\.(\w+)", README):
         assert hasattr(ms, name), name
     for module in re.findall(r"^\| (`\w+`(?: · `\w+`)+) \|", README, re.M):
