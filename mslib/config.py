@@ -12,8 +12,9 @@ from .files import ROOT
 from .train import SCHEDULES
 
 
-def _setting(default, lesson, doc):
-    return field(default=default, metadata={"lesson": lesson, "doc": doc})
+def _setting(default, lesson, doc, low=None, high=None, known=None):
+    """Numbers must be above 0, or, where given, from `low` on and below `high`; texts one of `known`."""
+    return field(default=default, metadata={"lesson": lesson, "doc": doc, "low": low, "high": high, "known": known})
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,19 @@ class Config:
     image_size: int | None = _setting(None, 1, "side of the images in pixels; None: as they are")
     train_size: int = _setting(4000, 1, "training images drawn (shapes only)")
     test_size: int = _setting(2000, 1, "test images drawn (shapes only)")
-    val: float = _setting(0.1, 1, "share of the training images held out for choosing")
+    val: float = _setting(0.1, 1, "share of the training images held out for choosing", high=1)
     depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2")
-    seed: int = _setting(0, 1, "of the weights, the order of the images and their augmentation")
+    seed: int = _setting(0, 1, "of the weights, the order of the images and their augmentation", low=0)
     batch_size: int = _setting(128, 1, "images a step")
     weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights")
-    schedule: str = _setting("onecycle", 1, "of the learning rate: onecycle, step or constant")
+    schedule: str = _setting("onecycle", 1, "of the learning rate: onecycle, step or constant", known=SCHEDULES)
     epochs: int = _setting(30, 1, "of the baseline")
     lr: float = _setting(0.1, 1, "highest learning rate of the baseline")
     sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
     sparse_lr: float = _setting(0.02, 2, "highest learning rate with a penalty")
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ")
-    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove")
-    floor: float = _setting(0.125, 2, "share of its channels that each layer keeps at least")
+    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", high=1)
+    floor: float = _setting(0.125, 2, "share of its channels that each layer keeps at least", low=0, high=1)
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(2e-2, 3, "λ of the penalty on the masked-out γ")
     finetune_epochs: int = _setting(4, 5, "after the cut")
@@ -128,20 +129,19 @@ def notebook_config(scope):
 
 def _check(cfg):
     for f in _settings():
-        value, default = getattr(cfg, f.name), getattr(Config(), f.name)
+        value, default, (low, high, known) = getattr(cfg, f.name), getattr(Config(), f.name), map(f.metadata.get, ("low", "high", "known"))
         kinds = {int: int, float: (int, float), str: str, bool: bool, dict: dict, type(None): (int, type(None))}[type(default)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value <= 0 and f.name not in ("seed", "floor"):
-            raise ValueError(f"{f.name}={value!r}: must be above 0, for example {default!r}")
-    for name in ("reduction", "val", "floor"):
-        if not (0 < getattr(cfg, name) < 1 or name == "floor" and cfg.floor == 0):
-            raise ValueError(f"{name}={getattr(cfg, name)!r}: a fraction between 0 and 1, for example 0.5")
+        if known and value not in known:
+            raise ValueError(f"{f.name}={value!r}" + _nearest(value, known))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if (value <= 0 if low is None else value < low) or (high and value >= high):
+                wanted = "above 0" if low is None else f"{low} or more"
+                raise ValueError(f"{f.name}={value!r}: must be {wanted}{f' and below {high}' if high else ''}, for example {default!r}")
     for name, share in cfg.layer_reduction.items():
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise ValueError(f"layer_reduction: {name!r}: {share!r}; a share from 0 to below 1, for example 0.5")
-    if cfg.schedule not in SCHEDULES:
-        raise ValueError(f"schedule={cfg.schedule!r}" + _nearest(cfg.schedule, SCHEDULES))
 
 
 def _nearest(name, known):

@@ -7,6 +7,7 @@ from torch import nn
 from .graph import ChannelGraph
 from .masks import check_masks, masks_for_ratio
 from .penalties import Penalty
+from .train import MOMENTUM
 
 
 class GrowingL2(Penalty):
@@ -56,6 +57,24 @@ class GrowingL2(Penalty):
         if masks is not None:
             for name, keep in masks.items():
                 self.factors[name][~keep.cpu()] = start
+
+    @staticmethod
+    def pace(rates, ceiling=1.0, every=10, exponent=None):
+        """Settings of this class that fit a run of learning rates `rates` (float [iterations]), where the released are too slow.
+
+        r grows to `ceiling` in 60 % of the run and is held for the rest. `exponent`: for GReg-2, which judges in the first
+        third of the growing: there the common factor shrinks a weight that nothing holds to about exp(-exponent). A dict.
+        """
+        if exponent is not None and not exponent > 0:
+            raise ValueError(f"exponent={exponent}: it must be above 0, for example 4")
+        updates = max(2, int(0.6 * len(rates) / every))
+        if exponent is None:
+            return {"every": every, "delta": ceiling / updates, "ceiling": ceiling}
+        judging = max(1, updates // 3)
+        pull = rates[: judging * every] / (1 - MOMENTUM)  # what r = 1 takes off log |W|, iteration by iteration
+        common = min(ceiling, exponent / float((pull * torch.linspace(0, 1, len(pull))).sum()))
+        return {"every": every, "delta": ceiling / (updates - judging), "ceiling": ceiling,
+                "pick_ceiling": common, "pick_delta": common / judging}  # fmt: skip
 
     def __repr__(self):
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)

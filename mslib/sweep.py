@@ -29,6 +29,8 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
     """
     from distributed import Client, LocalCluster, as_completed
 
+    if jobs < 1:
+        raise ValueError(f"-j {jobs}: at least one process at a time, for example -j 2")
     points = {_name(point, settings): config(preset, **point) for point in grid(settings)}  # a bad setting: before the first run
     with ExitStack() as stack:
         if scheduler:

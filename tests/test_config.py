@@ -40,8 +40,9 @@ def test_auto_is_quick_without_a_gpu(monkeypatch):
     ("quick", {"epochs": 2.5}, "epochs=2.5"),
     ("quick", {"epochs": 0}, "epochs=0: must be above 0"),
     ("quick", {"lr": True}, "lr=True"),
-    ("quick", {"reduction": 1.2}, "reduction=1.2: a fraction between 0 and 1"),
-    ("quick", {"floor": -0.1}, "floor=-0.1: a fraction between 0 and 1"),
+    ("quick", {"reduction": 1.2}, "reduction=1.2: must be above 0 and below 1"),
+    ("quick", {"seed": -1}, "seed=-1: must be 0 or more, for example 0"),
+    ("quick", {"floor": -0.1}, "floor=-0.1: must be 0 or more and below 1"),
     ("quick", {"schedule": "onecycl"}, "did you mean 'onecycle'"),
 ])  # fmt: skip
 def test_bad_settings(preset, overrides, message):
@@ -113,7 +114,7 @@ def test_published_results_are_complete_and_agree_with_themselves():
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():
     cfg = ms.config("quick")
-    told = "\n".join(cfg.describe(n) for n in range(1, 8))
+    told = "\n".join(cfg.describe(n) for n in range(1, 9))
     for name in cfg.up_to(99):
         assert f"\n{name} " in "\n" + told
     assert set(course.NEEDS) >= {"01_baseline", "05_finetune"}

@@ -165,6 +165,28 @@ def test_unstructured_weights_one_by_one(kind):
     assert (w[drop] == 0).all() and not torch.equal(w[~drop], before[~drop])
 
 
+def test_a_pace_that_fits_a_short_run():
+    """GReg-1 reaches its ceiling at 60 % of the run; GReg-2's common factor shrinks a free weight by e^-exponent."""
+    model, rates = lively(ms.resnet(8, 3)), ms.learning_rates(0.05, 2000)
+    weight, penalty = 1.0, ms.GrowingL2(model, reduction={"": 0.5}, **ms.GrowingL2.pace(rates, 8.0, 5, 2.0))
+    for i, rate in enumerate(rates.tolist()):
+        penalty.step(i)
+        if penalty.masks is not None:
+            break
+        weight *= math.exp(-rate / 0.1 * float(penalty.factors["stage1.0.bn1"][0]))
+    assert penalty.masks and math.log(weight) == pytest.approx(-2, rel=0.05)  # it grows in steps of 5 iterations
+    rates = rates[::10]
+    masks = ms.masks_for_ratio(model, {"": 0.5}, ms.filter_norms(model))
+    for way in ({"masks": masks} | ms.GrowingL2.pace(rates, 8.0, 5), {"reduction": {"": 0.5}} | ms.GrowingL2.pace(rates, 8.0, 5, 2.0)):
+        penalty = ms.GrowingL2(model, **way)
+        for i in range(200):
+            penalty.step(i)
+        at = penalty.history.set_index("iteration").factor
+        assert at[115] < at[125] and at[125] == pytest.approx(8, rel=0.06) and at[195] == pytest.approx(8, rel=0.06)
+    with pytest.raises(ValueError, match="exponent=0: it must be above 0"):
+        ms.GrowingL2.pace(rates, exponent=0)
+
+
 def test_the_history_is_kept_with_a_finished_run(tmp_path):
     def run():
         torch.manual_seed(0)
