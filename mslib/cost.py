@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+log = logging.getLogger("mslib")
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,22 @@ class Latency:
 
 
 @torch.no_grad()
-def latency(model, example, seconds=1.0):
+def latency(model, example, seconds=1.0, fold=True):
     """Time `model` on `example` [N, C, H, W] for about `seconds`, warm, in evaluation mode, channels last.
 
-    Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
+    `fold`: with BatchNorms folded into the convolutions before them, as a network is deployed; one that torch.fx cannot
+    trace is timed as it is, and a log line says so. Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
 
-    clone = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    clone = copy.deepcopy(model).eval()
+    if fold:
+        try:
+            clone = fuse(clone)
+        except Exception as error:
+            log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
+    clone = clone.to(memory_format=torch.channels_last)
     example = example.to(next(clone.parameters()).device, memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     timer = Timer("model(x)", globals={"model": clone, "x": example}, num_threads=threads)

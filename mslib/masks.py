@@ -38,20 +38,23 @@ def masks_below(model, threshold, residual=False):
     return _with_floor(graph, {name: s >= threshold for name, s in scores.items()}, scores)
 
 
-def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, floor=0.0):
+def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, floor=0.0, round_to=1):
     """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is gone.
 
     `reduction`: fraction of the MACs to remove, in (0, 1). `scores`: dict like the masks, the higher the more worth
     keeping; default |γ|. `floor`: share of its channels that every layer keeps at least; one it keeps in any case.
+    `round_to`: every layer keeps a multiple of so many channels, or all; 8 or 16 suit the vectors of processors.
     The result is the smallest cut that reaches the goal.
 
-    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, or a floor
-    outside [0, 1).
+    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, a floor
+    outside [0, 1), or a round_to below 1.
     """
     if not 0 < reduction < 1:
         raise ValueError(f"reduction {reduction}: the fraction of MACs to remove lies between 0 and 1, for example 0.5")
     if not 0 <= floor < 1:
         raise ValueError(f"floor {floor}: the share that each layer keeps lies between 0 and 1, for example 0.1")
+    if round_to < 1:
+        raise ValueError(f"round_to={round_to}: the number of channels that a layer keeps is a multiple of it, for example 8")
     graph, layers = ChannelGraph(model), cost(model, example).layers
     scores = _shared_scores(graph, scores or gammas(model, residual))
     if not scores:
@@ -60,13 +63,14 @@ def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, f
 
     def cut(count, tell=False):
         below = {name: s > ordered[count - 1] if count else torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
-        return _with_floor(graph, below, scores, floor, tell)
+        return _with_floor(graph, below, scores, floor, round_to, tell)
 
     total, low, high = sum(layers.values()), 0, len(ordered)
     most = 1 - remaining_macs(graph, cut(high), layers) / total
     if most < reduction:
+        rounded = f" and multiples of {round_to}" if round_to > 1 else ""
         raise ValueError(
-            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer {most:.1%} of the MACs are gone"
+            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer{rounded} {most:.1%} of the MACs are gone"
             + ("; residual=True reaches further" if not residual and len(gammas(model, True)) > len(scores) else "")
         )
     while high - low > 1:
@@ -176,18 +180,19 @@ def _shared_scores(graph, scores):
     return {name: best[graph.root[graph.norms[name]]] for name in scores}
 
 
-def _with_floor(graph, masks, scores, floor=0.0, tell=True):
+def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
     """Keep the best channels of a layer that would go below the floor, and make the masks say what `prune` will do."""
-    masks = dict(masks)
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     short = [name for name, keep in masks.items() if keep.sum() < least[name]]
-    for name in short:
-        masks[name] = torch.zeros_like(masks[name])
-        masks[name][scores[name].argsort(descending=True, stable=True)[: least[name]]] = True
     if short and tell:
         log.warning("%s kept in %s: it would have lost %s", _least(floor), ", ".join(short), "more" if floor else "all")
-    drop = graph.dropped(masks)
-    return {name: ~drop[graph.norms[name]] for name in masks}
+    while True:
+        wanted = {n: min(len(m), math.ceil(max(int(m.sum()), least[n]) / round_to) * round_to) for n, m in masks.items()}
+        best = {n: scores[n].argsort(descending=True, stable=True)[:w] for n, w in wanted.items()}
+        drop = graph.dropped({n: m if m.sum() == wanted[n] else torch.zeros_like(m).index_fill(0, best[n], True) for n, m in masks.items()})
+        masks = {name: ~drop[graph.norms[name]] for name in masks}
+        if all(m.sum() == wanted[n] for n, m in masks.items()):  # a channel that others depend on stays, so a layer may keep more
+            return masks
 
 
 def _least(floor):

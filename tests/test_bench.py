@@ -10,7 +10,7 @@ def test_the_table(tmp_path):
     table = bench(tmp_path / "bench.json", depth=8, images=160, rounds=1, seconds=0.02, size=64, say=lines.append)
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"] == table.to_dict("records") and {"hardware", "threads", "torch", "date"} <= written.keys()
-    assert len(table) == len(lines) == 6 and (table[["ours", "theirs", "ratio"]] > 0).all(axis=None)
+    assert len(table) == len(lines) == 8 and (table[["ours", "theirs", "ratio"]] > 0).all(axis=None)
     promise = table[table.what.str.startswith("speed-up")].theirs
     assert ((promise > 1.99) & (promise < 2.5)).all()  # half of the MACs gone
     pruning = table[table.what.str.startswith("pruning")].iloc[0]

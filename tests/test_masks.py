@@ -158,3 +158,22 @@ def test_no_layer_goes_below_the_floor(residual, caplog):
         ms.masks_for_macs(model, X, 0.4, residual, floor=0.9)
     with pytest.raises(ValueError, match="floor 1.5: the share"):
         ms.masks_for_macs(model, X, 0.4, floor=1.5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_keep_multiples_of_round_to(residual):
+    model = lively(ms.resnet(20))
+    plain, whole = ms.masks_for_macs(model, X, 0.4, residual), ms.cost(model, X).macs
+    for to in (1, 4, 8):
+        masks = ms.masks_for_macs(model, X, 0.4, residual, round_to=to)
+        assert {int(m.sum()) % to for m in masks.values()} == {0}
+        small = ms.prune(model, masks, X)
+        assert {m.out_channels % to for m in small.modules() if isinstance(m, torch.nn.Conv2d)} == {0}
+        assert 0.55 < ms.cost(small, X).macs / whole <= 0.6
+        assert (to == 1) == all(torch.equal(masks[n], m) for n, m in plain.items())
+    masks = ms.masks_for_macs(model, X, 0.2, residual, round_to=24)
+    assert {(len(m), int(m.sum())) for m in masks.values()} <= {(16, 16), (32, 24), (32, 32), (64, 24), (64, 48), (64, 64)}
+    with pytest.raises(ValueError, match="with one channel left in each layer and multiples of 48 8.0% of the MACs"):
+        ms.masks_for_macs(model, X, 0.9, round_to=48)
+    with pytest.raises(ValueError, match="round_to=0: the number of channels"):
+        ms.masks_for_macs(model, X, 0.4, round_to=0)
