@@ -1,8 +1,10 @@
 """The channel graph: which layers share a channel, found by tracing the network, not by layer names.
 
 Every tensor of the network is described by the ids of its channels, one integer a channel. A convolution makes new
-ids; BatchNorm, ReLU and pooling pass them on; an addition makes two rows of ids the same; a layer that reads a tensor
-is remembered with the ids that it reads. Channels that ended up with one id can only be removed together.
+ids; BatchNorm, ReLU, pooling and a depthwise convolution pass them on; concatenation puts rows of ids in a row; an
+addition or a product makes two rows of ids the same, a grouped convolution the channels at one place of its groups; a
+layer that reads a tensor is remembered with the ids that it reads. Channels that ended up with one id can only be
+removed together.
 """
 
 import operator
@@ -11,19 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torchvision.ops import stochastic_depth
 
 from .models import PaddedShortcut
 
 ELEMENTWISE = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Identity,
-    nn.Dropout, nn.Dropout2d, F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.silu, F.gelu,
-    F.hardswish, F.sigmoid, torch.sigmoid, torch.tanh, F.dropout, "relu", "relu_", "sigmoid", "tanh", "contiguous",
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.Tanh,
+    nn.ELU, nn.PReLU, nn.Hardtanh, nn.Softplus, nn.Mish, F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.silu, F.gelu,
+    F.hardswish, F.hardsigmoid, F.mish, F.elu, F.sigmoid, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
 )  # fmt: skip
+IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, stochastic_depth, "contiguous", "clone")
 POOLING = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, nn.Flatten, torch.flatten, "flatten", "mean", torch.mean,
 )  # fmt: skip
 ADDITION = (operator.add, operator.iadd, torch.add, "add", "add_")
+PRODUCT = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 SHAPES = ("size", getattr, operator.getitem, "dim")  # applied to a shape they touch no channel
 
 
@@ -33,7 +38,7 @@ class Value:
 
     ids: torch.Tensor  # int64
     dead: torch.Tensor  # bool: zero everywhere once γ and β of the channel's BatchNorms are zero
-    constant: torch.Tensor  # what it holds once γ alone is zero
+    constant: torch.Tensor  # what it holds once γ alone is zero; nan if that depends on the image
     maker: str = ""  # the module that made it, when nothing stands between
 
 
@@ -64,8 +69,8 @@ class ChannelGraph:
     """The channels of `model` and the layers that share them.
 
     `outputs`, `norms`, `inputs`: module name -> ids of the channels it writes, scales, reads.
-    `constants`: reader -> what each channel it reads would hold with γ = 0. `pads`: option-A shortcuts.
-    `norm_after`: convolution -> the BatchNorm right behind it. `norm_beside`: shortcut -> the BatchNorm it is added to.
+    `slopes`: the same of PReLUs. `constants`: reader -> what each channel it reads would hold with γ = 0. `pads`: option-A shortcuts.
+    `norm_after`: convolution -> the BatchNorm that alone reads it. `norm_beside`: shortcut -> the BatchNorm it is added to.
     `root[id]`: the id that stands for all ids joined with it. `reasons`: root -> why it must stay.
 
     Raises ValueError when the network cannot be traced.
@@ -74,7 +79,7 @@ class ChannelGraph:
     def __init__(self, model):
         self.modules = dict(model.named_modules())
         self.parent, self.kept, self.needs, self.added = [], {}, [], []
-        self.outputs, self.norms, self.inputs, self.constants, self.pads = {}, {}, {}, {}, {}
+        self.outputs, self.norms, self.inputs, self.slopes, self.constants, self.pads = {}, {}, {}, {}, {}, {}
         self.norm_after, self.norm_beside = {}, {}
         try:
             nodes = list(_Tracer().trace(model).nodes)
@@ -87,6 +92,10 @@ class ChannelGraph:
         for node in nodes:
             values[node] = self._visit(node, values)
         self.root = torch.tensor([self._find(i) for i in range(len(self.parent))])
+        self.gated = torch.zeros(len(self.root), dtype=torch.bool)  # [ids]: some reader sees more of it than a constant
+        for name, constant in self.constants.items():
+            self.gated[self.root[self.inputs[name][constant.isnan()]]] = True
+        self.gated = self.gated[self.root]
         self.reasons = {self._find(i): reason for i, reason in self.kept.items()}
 
     # -- joining channels --
@@ -128,18 +137,26 @@ class ChannelGraph:
         target = self.modules[node.target] if node.op == "call_module" else node.target
         kind = type(target) if node.op == "call_module" else target
         if isinstance(target, nn.Module) and type(target).__module__.startswith("torch.nn") or kind is PaddedShortcut:
-            layer = self._layer(node.target, target, known[0] if known else None)
+            layer = self._layer(node.target, target, known[0] if known else None, node)
             if layer is not NotImplemented:
                 return layer
         if not known:
             return None  # the network's input, or a shape
         value = known[0]
+        if kind in IDENTITY and len(known) == 1:
+            return Value(value.ids, value.dead, value.constant)
         if kind in ELEMENTWISE and len(known) == 1:
             return self._elementwise(value, target, node)
         if kind in POOLING and len(known) == 1 and _pools(node, kind):
             return Value(value.ids, value.dead, value.constant)
-        if kind in ADDITION and len(known) == len(node.args) == 2 and len(known[0].ids) == len(known[1].ids):
-            return self._add(*known)
+        if kind is F.pad and len(node.args) == 2 and len(node.args[1]) <= 4 and not node.kwargs:
+            return Value(value.ids, value.dead, value.constant)  # zeros around the image
+        if kind in (*ADDITION, *PRODUCT) and len(known) == len(node.args) == 2 and len(known[0].ids) == len(known[1].ids):
+            return self._join_values(*known, product=kind in PRODUCT)
+        if kind is torch.cat and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (-3,)) and len(known) == len(inputs):
+            parts = [values[n] for n in node.args[0]] if isinstance(node.args[0], (list, tuple)) else []
+            if parts:
+                return Value(*(torch.cat([getattr(part, key) for part in parts]) for key in ("ids", "dead", "constant")))
         if kind in SHAPES and (kind == "size" or kind == "dim" or node.args[1] in ("shape", "ndim")):
             return None
         if kind in ("view", "reshape", torch.reshape) and node.args[-1] == -1 and len(node.args) == 3:
@@ -151,25 +168,30 @@ class ChannelGraph:
             self._keep(v.ids, f"it enters {what!r} ({node.name}), which mslib cannot cut")
         return None
 
-    def _layer(self, name, m, value):
+    def _layer(self, name, m, value, node):
         """A layer with weights; NotImplemented for any other."""
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            width = m.out_channels if isinstance(m, nn.Conv2d) else m.out_features
-            if value is not None:
-                self._read(name, m, value)
+            width, groups = (m.out_channels, m.groups) if isinstance(m, nn.Conv2d) else (m.out_features, 1)
+            if value is not None and groups > 1 and groups == m.in_channels:
+                return self._depthwise(name, m, value)
             out = self._fresh(width)
-            if getattr(m, "groups", 1) > 1:
-                self._keep(out, f"{name} is a grouped convolution, which mslib cannot cut")
+            if value is not None:
+                self._read(name, m, value, groups)
+            elif groups > 1:
+                self._keep(out, f"{name} is a grouped convolution whose input cannot be followed")
+            for other in out.reshape(groups, -1)[1:]:
+                self._join(out[: len(other)], other)
             self._note(self.outputs, name, out)
-            return Value(out, torch.zeros(width, dtype=torch.bool), torch.zeros(width), name)
+            return Value(out, torch.zeros(width, dtype=torch.bool), torch.full((width,), torch.nan), name)
         if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)) and value is not None:
-            self._note(self.norms, name, value.ids)
-            if isinstance(self.modules.get(value.maker), nn.Conv2d):
+            ids, dead, constant = self._spread(name, value, m.num_features)
+            self._note(self.norms, name, ids)
+            if isinstance(self.modules.get(value.maker), nn.Conv2d) and len(node.all_input_nodes[0].users) == 1:
                 self.norm_after[value.maker] = name
             if m.weight is None:
-                self._keep(value.ids, f"{name} has no γ (affine=False)")
-                return Value(value.ids, torch.zeros_like(value.dead), torch.zeros_like(value.constant), name)
-            return Value(value.ids, torch.ones_like(value.dead), m.bias.detach().cpu().float(), name)
+                self._keep(ids, f"{name} has no γ (affine=False)")
+                return Value(ids, torch.zeros_like(dead), torch.full_like(constant, torch.nan), name)
+            return Value(ids, torch.ones_like(dead), m.bias.detach().cpu().float(), name)
         if isinstance(m, PaddedShortcut) and value is not None:
             source = m.source.cpu()
             out = self._fresh(len(source))
@@ -180,32 +202,51 @@ class ChannelGraph:
             return Value(out, dead, constant, name)
         return NotImplemented
 
-    def _read(self, name, m, value):
-        ids, dead, constant = value.ids, value.dead, value.constant
-        if isinstance(m, nn.Linear) and m.in_features != len(ids):  # flattened with its pixels
-            if m.in_features % len(ids):
-                raise ValueError(f"{name} reads {m.in_features} features from {len(ids)} channels: not a whole number each")
-            ids, dead, constant = (t.repeat_interleave(m.in_features // len(t)) for t in (ids, dead, constant))
-        if getattr(m, "groups", 1) > 1:
-            self._keep(ids, f"it is read by {name}, a grouped convolution, which mslib cannot cut")
+    def _depthwise(self, name, m, value):
+        """Each channel for itself: what it writes has the ids of what it reads."""
+        times = m.out_channels // m.in_channels
+        ids, dead, constant = (t.repeat_interleave(times) for t in (value.ids, value.dead, value.constant))
+        self._note(self.outputs, name, ids)
+        constant = constant * m.weight.detach().cpu().float().flatten(1).sum(1)
+        if m.bias is not None:
+            constant = constant + m.bias.detach().cpu().float()
+            dead = torch.zeros_like(dead)
+        return Value(ids, dead, constant, name)
+
+    def _read(self, name, m, value, groups=1):
+        ids, dead, constant = self._spread(name, value, m.in_channels if isinstance(m, nn.Conv2d) else m.in_features)
+        for other in ids.reshape(groups, -1)[1:]:
+            self._join(ids[: len(other)], other)
         self._keep(ids[~dead], f"{name} reads it before any BatchNorm has scaled it")
         self._note(self.inputs, name, ids)
         self.constants[name] = constant
 
+    def _spread(self, name, value, features):
+        """(ids, dead, constant) of a tensor, one a feature where it was flattened with its pixels."""
+        if features % len(value.ids):
+            raise ValueError(f"{name} reads {features} features from {len(value.ids)} channels: not a whole number each")
+        return (t.repeat_interleave(features // len(t)) for t in (value.ids, value.dead, value.constant))
+
     def _elementwise(self, value, target, node):
+        if isinstance(target, nn.PReLU) and target.num_parameters > 1:
+            self._note(self.slopes, node.target, value.ids)
+
         def f(x):
             if node.op == "call_method":
                 return getattr(x.clone(), target)()
-            if isinstance(target, nn.Module):
-                return type(target).forward(target, x.clone()) if not isinstance(target, (nn.Dropout, nn.Dropout2d)) else x
-            return x if target is F.dropout else target(x.clone())
+            if isinstance(target, nn.PReLU):  # a slope for each channel
+                return F.prelu(x[None], target.weight.detach().cpu().float())[0]
+            return type(target).forward(target, x.clone()) if isinstance(target, nn.Module) else target(x.clone())
 
         with torch.no_grad():
-            zero_stays = bool(f(torch.zeros(1)) == 0)
+            zero_stays = f(torch.zeros_like(value.constant)) == 0
             return Value(value.ids, value.dead & zero_stays, f(value.constant))
 
-    def _add(self, a, b):
+    def _join_values(self, a, b, product):
+        """A sum is silent where both are; a product (squeeze-and-excitation) where one is."""
         self._join(a.ids, b.ids)
+        if product:
+            return Value(a.ids, a.dead | b.dead, a.constant * b.constant)
         self.added.append(a.ids)
         for pad, norm in ((a, b), (b, a)):
             if pad.maker in self.pads and norm.maker in self.norms:
@@ -265,6 +306,10 @@ class ChannelGraph:
             changed = bool(wrong)
             drop[wrong] = False
         return drop[self.root]
+
+    def emptied(self, drop):
+        """Names of the layers of which `drop` (see `dropped`) leaves nothing."""
+        return [name for name, ids in self.outputs.items() if drop[ids].all()]
 
 
 def _pools(node, kind):

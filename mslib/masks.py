@@ -104,7 +104,7 @@ def outgoing_norms(model, residual=False):
         size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
         if name in graph.norm_after:
             size = size * _passes(graph.modules[graph.norm_after[name]])[:, None]
-        total.index_add_(0, graph.root[ids], size.mean(0))
+        total.index_add_(0, graph.root[ids], size.reshape(len(ids) // size.shape[1], -1, size.shape[1]).sum(1).flatten() / len(size))
     return {n: gamma * total[graph.root[graph.norms[n]]] for n, gamma in gammas(model, residual).items()}
 
 
@@ -186,13 +186,23 @@ def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
     short = [name for name, keep in masks.items() if keep.sum() < least[name]]
     if short and tell:
         log.warning("%s kept in %s: it would have lost %s", _least(floor), ", ".join(short), "more" if floor else "all")
-    while True:
-        wanted = {n: min(len(m), math.ceil(max(int(m.sum()), least[n]) / round_to) * round_to) for n, m in masks.items()}
-        best = {n: scores[n].argsort(descending=True, stable=True)[:w] for n, w in wanted.items()}
-        drop = graph.dropped({n: m if m.sum() == wanted[n] else torch.zeros_like(m).index_fill(0, best[n], True) for n, m in masks.items()})
-        masks = {name: ~drop[graph.norms[name]] for name in masks}
-        if all(m.sum() == wanted[n] for n, m in masks.items()):  # a channel that others depend on stays, so a layer may keep more
-            return masks
+    worth = torch.full((len(graph.root),), -torch.inf)
+    for name, s in scores.items():
+        worth[graph.root[graph.norms[name]]] = s.float()
+    while True:  # what a layer keeps may keep channels of others: until nothing changes any more
+        kept = {}
+        for name, keep in masks.items():
+            wanted = min(len(keep), math.ceil(max(int(keep.sum()), least[name]) / round_to) * round_to)
+            best = scores[name].argsort(descending=True, stable=True)[:wanted]
+            kept[name] = keep if keep.sum() == wanted else torch.zeros_like(keep).index_fill(0, best, True)
+        drop = graph.dropped(kept)
+        for writer in graph.emptied(drop):  # a BatchNorm over several convolutions may keep none of one
+            ids = graph.outputs[writer]
+            drop[graph.root == graph.root[ids[worth[graph.root[ids]].argmax()]]] = False
+        kept = {name: ~drop[graph.norms[name]] for name in masks}
+        if all(torch.equal(kept[name], masks[name]) for name in masks):
+            return kept
+        masks = kept
 
 
 def _least(floor):
@@ -214,6 +224,9 @@ def check_masks(graph, masks):
             raise ValueError(f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer")
         if not mask.all() and graph.reason(name):
             raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}")
+    empty = graph.emptied(graph.dropped(masks))
+    if empty:
+        raise ValueError(f"the masks keep no channel of {empty[0]!r}; keep at least one, or nothing passes the layer")
 
 
 def save_masks(masks, path):

@@ -191,13 +191,17 @@ def resize(model, state, origin="the state"):
             continue
         shape = state[own].shape
         if isinstance(m, nn.Conv2d):
-            depthwise = m.groups == m.in_channels
-            m.groups = shape[0] if depthwise and m.groups > 1 else m.groups
+            if 1 < m.groups == m.in_channels:  # depthwise: as many groups as channels
+                m.groups = shape[0] // (m.out_channels // m.in_channels)
             m.out_channels, m.in_channels = shape[0], shape[1] * m.groups
-        elif isinstance(m, nn.BatchNorm2d):
+        elif isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)):
             m.num_features = shape[0]
+        elif isinstance(m, nn.PReLU):
+            m.num_parameters = shape[0]
         elif isinstance(m, nn.Linear):
             m.out_features, m.in_features = shape
+        if f"{name}.bias" in state and getattr(m, "bias", 0) is None:  # `prune` folded a constant into it
+            m.bias = nn.Parameter(torch.zeros_like(state[f"{name}.bias"]))
         for kind in (m._parameters, m._buffers):
             for key, old in kind.items():
                 new = state.get(f"{name}.{key}")

@@ -21,6 +21,7 @@ def prune(model, masks, example=None, fold_bias=False):
     fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β). With True it goes into
     the BatchNorm (running mean) or the bias behind the next layer, as `zero_masked(…, keep_bias=True)` computes it,
     exactly but for the padded border of the image, where the next convolution saw zeros instead. Not in the papers.
+    What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
 
     example: float [N, C, H, W]; when given, both networks run on it and the result is refused if they differ.
 
@@ -34,12 +35,12 @@ def prune(model, masks, example=None, fold_bias=False):
     if fold_bias:
         _fold(graph, drop)
     state = small.state_dict()
-    for name, ids in graph.outputs.items():
+    for name, ids in (graph.outputs | graph.slopes).items():
         _cut(state, name, ("weight", "bias"), 0, ~drop[ids])
     for name, ids in graph.norms.items():
         _cut(state, name, ("weight", "bias", "running_mean", "running_var"), 0, ~drop[ids])
     for name, ids in graph.inputs.items():
-        _cut(state, name, ("weight",), 1, ~drop[ids])
+        _cut(state, name, ("weight",), 1, ~drop[ids[: state[f"{name}.weight"].shape[1]]])  # grouped: all groups lose the same
     for name, (read, written, _) in graph.pads.items():
         kept = ~drop[read]
         place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
@@ -64,11 +65,12 @@ def _cut(state, name, keys, dim, keep):
 def _fold(graph, drop):
     """Carry relu(β) of the dropped channels into what follows each layer that reads them."""
     for name, ids in graph.inputs.items():
-        layer, lost = graph.modules[name], torch.where(drop[ids], graph.constants[name], 0)
+        layer, lost = graph.modules[name], torch.where(drop[ids] & ~graph.gated[ids], graph.constants[name], 0)
         if not lost.any():
             continue
-        lost = lost.to(layer.weight)
-        sent = layer.weight.flatten(2).sum(2) @ lost if isinstance(layer, nn.Conv2d) else layer.weight @ lost
+        groups = getattr(layer, "groups", 1)
+        weight = layer.weight.reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1).sum(3)
+        sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()
         if name in graph.norm_after:
             graph.modules[graph.norm_after[name]].running_mean -= sent
         elif layer.bias is not None:
@@ -80,14 +82,15 @@ def _fold(graph, drop):
         gone = torch.cat([torch.zeros(1, dtype=torch.bool), drop[read]])[source] & ~drop[written]
         if gone.any() and name in graph.norm_beside:
             bias = graph.modules[graph.norm_beside[name]].bias
-            bias += torch.where(gone, constant, 0).to(bias)
+            bias += torch.where(gone & constant.isfinite(), constant, 0).to(bias)
 
 
 @torch.no_grad()
 def zero_masked(model, masks, keep_bias=False):
     """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
 
-    It computes what `prune(model, masks)` computes, and is how every cut is checked. keep_bias: zero γ only.
+    It computes what `prune(model, masks)` computes, and is how every cut is checked. keep_bias: zero γ only (and β
+    where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that depends on the image).
     """
     zeroed = copy.deepcopy(model)
     graph = ChannelGraph(zeroed)
@@ -96,8 +99,7 @@ def zero_masked(model, masks, keep_bias=False):
     for name, ids in graph.norms.items():
         norm = graph.modules[name]
         norm.weight[drop[ids].to(norm.weight.device)] = 0
-        if not keep_bias:
-            norm.bias[drop[ids].to(norm.bias.device)] = 0
+        norm.bias[(drop[ids] & (graph.gated[ids] if keep_bias else True)).to(norm.bias.device)] = 0
     return zeroed
 
 

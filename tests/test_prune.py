@@ -153,15 +153,17 @@ class Refused(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.how = how
-        self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(8 if how == "cat" else 4, 2, 1)
-        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
+        self.conv, self.bn, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(2 if how == "chunk" else 4, 2, 1)
+        self.outside = nn.Parameter(torch.ones(4, 1, 1))
 
     def forward(self, x):
         y = self.bn(self.conv(x))
         if self.how == "cat":
-            y = torch.cat([y, y], 1)
-        elif self.how == "groups":
-            y = self.grouped(y)
+            y = torch.cat([y, y], 2)  # below each other, not behind
+        elif self.how == "chunk":
+            y = y.chunk(2, 1)[0]
+        elif self.how == "scale":
+            y = y * self.outside
         elif self.how == "shift":
             y = y + 1
         elif self.how == "sigmoid":
@@ -174,7 +176,7 @@ class Refused(nn.Module):
 
 
 @pytest.mark.parametrize("how, reason", [
-    ("cat", "cat"), ("groups", "grouped"), ("shift", "add"), ("sigmoid", "before any BatchNorm"), ("pad", "pad"), ("output", "output of the network"),
+    ("cat", "cat"), ("chunk", "chunk"), ("scale", "mul"), ("shift", "add"), ("sigmoid", "before any BatchNorm"), ("pad", "pad"), ("output", "output of the network"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused_with_the_reason(how, reason):
     model, masks = Refused(how), {"bn": torch.tensor([True, False, True, True])}
