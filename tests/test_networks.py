@@ -23,6 +23,7 @@ NAMES = (
     "mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf",
     "shufflenet_v2_x1_0", "squeezenet1_1", "alexnet", "convnext_tiny", "maxvit_t", "swin_t", "vit_b_16",
 )  # fmt: skip
+WHOLE = {"squeezenet1_1", "alexnet", "convnext_tiny", "swin_t", "vit_b_16"}  # no BatchNorm: nothing to go by
 SIDE = {"inception_v3": 96, "maxvit_t": 224, "vit_b_16": 224}
 
 
@@ -71,17 +72,15 @@ def row(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readme_says_what_works(name):
+    assert (name in WHOLE) == ("| all |" in row(name))
     assert row(name) in (ROOT / "README.md").read_text().splitlines(), f"python -m tests.test_networks prints: {row(name)}"
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WHOLE])
 def test_pruned_equals_masked(name, residual):
     model, x = network(name)
     masks = half(model, residual)
-    if not masks:
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-        return
     small = ms.prune(model, masks)
     assert ms.cost(small, x).macs < 0.9 * ms.cost(model, x).macs
     assert difference(small, ms.zero_masked(model, masks), x) < 1e-9
@@ -89,7 +88,7 @@ def test_pruned_equals_masked(name, residual):
     assert difference(resize(fresh, small.state_dict()), small, x) == 0  # as `load` builds it again
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "shufflenet_v2_x1_0"])  # whose graph it cannot build
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in WHOLE | {"shufflenet_v2_x1_0"}])  # whose graph it cannot build
 def test_torch_pruning_makes_the_same_network(name):
     model, x = network(name)
     masks = half(model, True)
