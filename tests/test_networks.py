@@ -72,8 +72,9 @@ def row(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_readme_says_what_works(name):
-    assert (name in WHOLE) == ("| all |" in row(name))
-    assert row(name) in (ROOT / "README.md").read_text().splitlines(), f"python -m tests.test_networks prints: {row(name)}"
+    line = row(name)
+    assert (name in WHOLE) == ("| all |" in line)
+    assert line in (ROOT / "README.md").read_text().splitlines(), f"`python -m tests.test_networks` prints: {line}"
 
 
 @pytest.mark.parametrize("residual", [False, True])
