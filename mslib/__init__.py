@@ -2,7 +2,7 @@
 
     import mslib as ms
 
-Networks and images: resnet, vgg, load_data, save, load. Training: fit, evaluate.
+Networks and images: resnet, vgg, load_data, save, load. Training: fit, evaluate, recalibrate.
 Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
 Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
@@ -16,9 +16,9 @@ from .data import load_data, normalize
 from .files import ROOT
 from .flow import FeatureFlow, flows
 from .graph import ChannelGraph
+from .groups import channel_groups
 from .growing import GrowingL2
 from .masks import (
-    channel_groups,
     filter_norms,
     gammas,
     load_masks,
@@ -33,4 +33,4 @@ from .models import PaddedShortcut, load, resnet, save, vgg
 from .penalties import GlobalL1, HoldZero, MaskedL1, push
 from .prune import prune, zero_masked
 from .runs import environment
-from .train import evaluate, fit, learning_rates
+from .train import evaluate, fit, learning_rates, recalibrate

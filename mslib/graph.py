@@ -7,6 +7,7 @@ layer that reads a tensor is remembered with the ids that it reads. Channels tha
 removed together.
 """
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -40,24 +41,6 @@ class Value:
     dead: torch.Tensor  # bool: zero everywhere once γ and β of the channel's BatchNorms are zero
     constant: torch.Tensor  # what it holds once γ alone is zero; nan if that depends on the image
     maker: str = ""  # the module that made it, when nothing stands between
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module names)."""
-
-    size: int
-    writers: tuple
-    norms: tuple
-    readers: tuple
-    reason: str = ""  # why it cannot be pruned; empty if it can
-
-    def __str__(self):
-        def short(names):
-            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-        text = f"{self.size} channels: {short(self.writers)} -> {short(self.norms) or 'no BatchNorm'} -> {short(self.readers)}"
-        return text + (f"  [kept: {self.reason}]" if self.reason else "")
 
 
 class _Tracer(fx.Tracer):
@@ -255,22 +238,6 @@ class ChannelGraph:
 
     # -- answers --
 
-    def groups(self):
-        """The channels in `Group`s, in the order of the network."""
-        touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
-        tables = (self.outputs, self.norms, self.inputs)
-        for place, table in enumerate(tables):
-            for name, ids in table.items():
-                for r in self.root[ids].unique().tolist():
-                    touching.setdefault(r, ({}, {}, {}))[place][name] = None
-        sizes = {}
-        for r, places in touching.items():
-            key = tuple(tuple(p) for p in places) + (self.reasons.get(r, ""),)
-            sizes[key] = sizes.get(key, 0) + 1
-        order = {name: i for i, name in enumerate(self.modules)}
-        found = [Group(n, *key) for key, n in sizes.items()]
-        return sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0))
-
     def prunable_norms(self, residual=False):
         """Names of the BatchNorms whose channels can be removed, in order.
 
@@ -306,6 +273,11 @@ class ChannelGraph:
             changed = bool(wrong)
             drop[wrong] = False
         return drop[self.root]
+
+    def share_left(self, layer, drop):
+        """The share of the MACs of `layer` that is left without the ids in `drop` (see `dropped`)."""
+        kept = [float((~drop[table[layer]]).float().mean()) for table in (self.inputs, self.outputs) if layer in table]
+        return math.prod(kept)
 
     def emptied(self, drop):
         """Names of the layers of which `drop` (see `dropped`) leaves nothing."""

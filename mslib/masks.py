@@ -169,8 +169,7 @@ def _within(name, prefix):
 def remaining_macs(graph, masks, layers):
     """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels it keeps."""
     drop = graph.dropped(masks)
-    kept = lambda table, name: float((~drop[table[name]]).float().mean()) if name in table else 1.0  # noqa: E731
-    return round(sum(macs * kept(graph.inputs, name) * kept(graph.outputs, name) for name, macs in layers.items()))
+    return round(sum(macs * graph.share_left(name, drop) for name, macs in layers.items()))
 
 
 def _shared_scores(graph, scores):
@@ -289,8 +288,3 @@ def _chosen(origin, value, width):
     if len(wrong):
         raise ValueError(f"{origin} lists channel {int(wrong[0])}; the layer has 0 to {width - 1}")
     return torch.zeros(width, dtype=torch.bool).index_fill(0, found.long(), True)
-
-
-def channel_groups(model):
-    """The groups of channels that can only be removed together; print them to read who shares with whom."""
-    return ChannelGraph(model).groups()

@@ -6,7 +6,7 @@ import seaborn as sns
 import torch
 from torch import nn
 
-from .masks import channel_groups
+from .groups import channel_groups
 
 sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
 plt.rcParams.update(

@@ -166,6 +166,18 @@ def evaluate(model, split, batch_size=500, precision="fp32"):
     return 100 * correct / len(split)
 
 
+def recalibrate(model, split, images=2000, batch_size=128, seed=0):
+    """Estimate mean and variance of every BatchNorm anew on `images` augmented images of `split`; in place, returns `model`.
+
+    After a cut the statistics are still those of the full network. No weight changes and no label is used.
+    """
+    few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images])
+    device = next(model.parameters()).device
+    loader = batches(few.to(device), min(batch_size, len(few)), torch.Generator().manual_seed(seed))
+    torch.optim.swa_utils.update_bn(loader, model)
+    return model
+
+
 def all_gammas(model):
     """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
     gammas = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

@@ -213,3 +213,18 @@ def test_a_conv_called_twice_shares_its_channels():
     masks = {"bn": keep, "bn0": keep}
     assert difference(ms.prune(model, masks, x), ms.zero_masked(model, masks), x) < 1e-5
     assert difference(ms.prune(model, {"bn": keep}, x), model, x) == 0  # bn0 keeps the channel, so nothing may go
+
+
+def test_groups_print_as_a_table_and_know_their_macs():
+    model = lively(torchvision.models.resnext50_32x4d(weights=None))
+    x = torch.zeros(1, 3, 64, 64)
+    groups = ms.channel_groups(model, x)
+    inner = next(g for g in groups if g.writers == ("layer1.0.conv1",))
+    assert (inner.size, inner.norms, inner.readers) == (128, ("layer1.0.bn1",), ("layer1.0.conv2",))
+    assert inner.macs == 16**2 * 128 * (64 + 9 * 4)  # all of the layer that writes them, and of the grouped one that reads them
+    table = groups.table()
+    assert len(table) == len(groups) and table.free.iloc[-1] == "it is an output of the network" and (table.free[:-1] == "yes").all()
+    text, page = str(groups), groups._repr_html_()
+    for word in ("scaled by", "layer4.2.bn2", "and 2 more", "it is an output of the network", f"{inner.macs / 1e6:.2f}"):
+        assert word in text and word in page, word
+    assert "M MACs" not in str(ms.channel_groups(model))

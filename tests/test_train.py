@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -215,3 +216,18 @@ def test_layout_goes_by_widths_precision_and_device():
     assert pick_layout(odd, cpu, "bf16") is torch.contiguous_format
     for model, device, precision in ((odd, cpu, "fp32"), (odd, gpu, "bf16"), (ms.resnet(8), cpu, "bf16")):
         assert pick_layout(model, device, precision) is torch.channels_last
+
+
+def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
+    """Means and variances off by far: estimated anew they are those of the images, whatever they were before."""
+    model = ms.resnet(8, len(data.classes))
+    spoiled, weights = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
+    for m in spoiled.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean += 3
+            m.running_var *= 9
+    for net in (model, spoiled):
+        assert ms.recalibrate(net.eval(), data.train, images=150, batch_size=50) is net and not net.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), spoiled.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights))
+    assert float(model.bn.running_var.min()) > 0 and int(model.bn.num_batches_tracked) == 3

@@ -1,0 +1,76 @@
+"""The groups of channels that can only be removed together, for people to read."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from .cost import cost
+from .graph import ChannelGraph
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module names)."""
+
+    size: int
+    writers: tuple
+    norms: tuple
+    readers: tuple
+    reason: str = ""  # why it cannot be pruned; empty if it can
+    macs: int | None = None  # multiply-accumulates of one image that would go with all of it
+
+    def __str__(self):
+        text = f"{self.size} channels: {_short(self.writers)} -> {_short(self.norms) or 'no BatchNorm'} -> {_short(self.readers)}"
+        return text + (f"  [kept: {self.reason}]" if self.reason else "")
+
+
+class Groups(list):
+    """A list of `Group`s that prints as a table, in a terminal and in a notebook."""
+
+    def table(self):
+        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs if known."""
+        rows = [
+            {"channels": g.size, "written by": _short(g.writers), "scaled by": _short(g.norms), "read by": _short(g.readers),
+             "free": g.reason or ("yes" if g.norms else "no BatchNorm scales it"), "M MACs": g.macs and g.macs / 1e6}
+            for g in self
+        ]  # fmt: skip
+        return pd.DataFrame(rows).dropna(axis=1, how="all")
+
+    def __str__(self):
+        return self.table().to_string(float_format="%.2f")
+
+    def _repr_html_(self):
+        return self.table().to_html(float_format="%.2f")
+
+
+def _short(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def channel_groups(model, example=None):
+    """The `Groups` of `model`, in the order of the network; print them to read which layers move together, and why.
+
+    example: float [N, C, H, W]; when given, each group knows the MACs that would go with it.
+    Raises ValueError when the network cannot be traced.
+    """
+    graph = ChannelGraph(model)
+    touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
+        for name, ids in table.items():
+            for root in graph.root[ids].unique().tolist():
+                touching.setdefault(root, ({}, {}, {}))[place][name] = None
+    members = {}
+    for root, places in touching.items():
+        members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(root)
+    layers = {} if example is None else cost(model, example).layers
+    order = {name: i for i, name in enumerate(graph.modules)}
+    found = []
+    for (writers, norms, readers, reason), roots in members.items():
+        gone = None
+        if example is not None:
+            drop = torch.isin(graph.root, torch.tensor(roots))
+            gone = round(sum(macs * (1 - graph.share_left(name, drop)) for name, macs in layers.items()))
+        size = max((int(torch.isin(graph.root[graph.outputs[w]], torch.tensor(roots)).sum()) for w in writers[:1]), default=len(roots))
+        found.append(Group(size, writers, norms, readers, reason, gone))
+    return Groups(sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0)))
