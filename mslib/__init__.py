@@ -2,7 +2,7 @@
 
     import mslib as ms
 
-Networks and images: resnet, vgg, load_data, save, load. Training: fit, evaluate, recalibrate.
+Networks and images: resnet, vgg, load_data, load_folder, save, load. Training: fit, evaluate, recalibrate.
 Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
 Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
@@ -12,7 +12,7 @@ from . import models, plots
 from .config import Config, config, notebook_config
 from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
-from .data import load_data, normalize
+from .data import load_data, load_folder, normalize
 from .files import ROOT
 from .flow import FeatureFlow, flows
 from .graph import ChannelGraph

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .files import ROOT, read_tensors, write_tensors
+from .parallel import world
 from .shapes import CLASSES, draw_shapes
 
 KNOWN = ("shapes", "cifar10", "cifar100")
@@ -37,7 +38,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Training, validation (held out of training) and test images of one task."""
+    """Training, validation (held out of training) and test images of one task.
+
+    Each is a `Split`, or, for images that do not fit into memory, an iterable of (float images, labels) batches with a
+    length, such as a DataLoader (see `load_folder`).
+    """
 
     name: str
     train: Split
@@ -48,25 +53,29 @@ class Data:
     @property
     def input_shape(self):
         """(channels, height, width)"""
-        return tuple(self.train.images.shape[1:])
+        return tuple(self.example.shape[1:])
 
-    @property
+    @cached_property
     def example(self):
         """A float batch of one image, [1, C, H, W]: what `cost`, `prune` and `latency` take."""
-        return normalize(self.train.images[:1])
+        return normalize(self.train.images[:1]) if isinstance(self.train, Split) else next(iter(self.test))[0][:1]
 
     @cached_property
     def fingerprint(self):
         """Twelve hex digits that tell these images, labels and split from any others."""
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
-            digest.update(split.images.numpy())
-            digest.update(split.labels.numpy())
+            if isinstance(split, Split):
+                digest.update(split.images.numpy())
+                digest.update(split.labels.numpy())
+            else:  # batches from elsewhere: as far as one can tell without reading them all
+                digest.update(f"{self.name} {self.classes} {len(split)}".encode())
         return digest.hexdigest()[:12]
 
     def __repr__(self):
         shape = "×".join(map(str, self.input_shape))
-        sizes = ", ".join(f"{len(getattr(self, s)):,} {s}" for s in ("train", "val", "test"))
+        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
+        sizes = ", ".join(f"{len(s):,} {name}{'' if isinstance(s, Split) else ' batches'}" for name, s in splits.items())
         return f"Data({self.name}: {len(self.classes)} classes, {shape}, {sizes})"
 
 
@@ -92,20 +101,27 @@ def augment(images, generator):
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def batches(split, size, generator=None):
-    """Yield (float images, labels) of `size`: shuffled, augmented and even with a generator, in order without."""
+def batches(split, size, generator=None, share=(0, 1)):
+    """Yield (float images, labels) of `size`: shuffled, augmented and even with a generator, in order without.
+
+    `split`: or an iterable of such batches, a DataLoader, which is then taken as it is. `share`: (i, n) for every n-th
+    image of each batch from the i-th on.
+    """
+    if not isinstance(split, Split):
+        yield from split
+        return
     if generator is None:
         for i in range(0, len(split), size):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]
         return
-    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
+    order, mine = torch.randperm(len(split), generator=generator).to(split.labels.device), slice(share[0], None, share[1])
     for i in range(steps_per_epoch(split, size)):
         index = order[i * size : (i + 1) * size]
-        yield normalize(augment(split.images[index], generator)), split.labels[index]
+        yield normalize(augment(split.images[index], generator)[mine]), split.labels[index][mine]
 
 
 def steps_per_epoch(split, size):
-    return max(1, len(split) // size)
+    return max(1, len(split) // size) if isinstance(split, Split) else len(split)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -133,6 +149,43 @@ def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
     held = max(1, round(val * len(train)))
     name = dataset if dataset in KNOWN else Path(dataset).name
     return Data(name, train.subset(order[held:]), train.subset(order[:held]), test, tuple(names))
+
+
+def load_folder(path, size=224, batch_size=128, val=0.1, workers=2):
+    """The images of a folder read while training, for sets that do not fit into memory: a `Data` of DataLoaders.
+
+    `path`: holds train/<class>/* and test/<class>/* (or val/<class>/* as the test set), images of any size. Training
+    images are cropped at random (8 to 100 % of the area) to `size` pixels and mirrored, as for ImageNet; the others are
+    resized and cropped in the middle. The share `val` of the training images is held out.
+    Under torchrun each process reads its own share of every batch of `batch_size`.
+
+    Raises FileNotFoundError for a missing folder, ValueError for a batch that the processes cannot share evenly.
+    """
+    from torch.utils.data import DataLoader, DistributedSampler, Subset
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    path = Path(path).expanduser()
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if test is None or not (path / "train").is_dir():
+        raise FileNotFoundError(f"{path} does not hold train/<class>/* and test/<class>/* (or val/<class>/*)")
+    if batch_size % world():
+        raise ValueError(f"batch_size={batch_size} cannot be shared by {world()} processes; take a multiple of {world()}")
+    tensor = (v2.PILToTensor(), _normalized)
+    drawn = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *tensor])
+    plain = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size), *tensor])
+    train, held, tests = ImageFolder(path / "train", drawn), ImageFolder(path / "train", plain), ImageFolder(test, plain)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    middle = max(1, round(val * len(train)))
+    train, held = Subset(train, order[middle:]), Subset(held, order[:middle])
+    each, common = batch_size // world(), {"num_workers": workers}  # new workers an epoch: what they draw follows from its seed
+    sampler = DistributedSampler(train, drop_last=True) if world() > 1 else None
+    loaders = DataLoader(train, each, shuffle=sampler is None, sampler=sampler, drop_last=len(train) >= batch_size, **common)
+    return Data(path.name, loaders, DataLoader(held, each, **common), DataLoader(tests, each, **common), tuple(tests.classes))
+
+
+def _normalized(image):
+    return normalize(image[None])[0]
 
 
 def find_dataset(dataset):

@@ -4,13 +4,15 @@ import os
 import sys
 import time
 
+from .parallel import rank
+
 
 class Progress:
     """`update` shows the state of the moment where it can be overwritten; `close` leaves the last line standing.
 
     Notebook: one output, updated in place (and in the stored copy, the last state only). Terminal: one line.
     Elsewhere: a line for each `keep`. A file named by the variable MSLIB_LOG gets the same lines as a log file,
-    which is how `python -m mslib run` shows what a notebook in another process is doing.
+    which is how `python -m mslib run` shows what a notebook in another process is doing. Under torchrun the first process speaks.
     """
 
     def __init__(self, title):
@@ -20,6 +22,8 @@ class Progress:
         self.terminal = not self.notebook and sys.stderr.isatty()
 
     def update(self, text, keep=False):
+        if rank():
+            return
         line = f"{self.title}: {text}"
         if keep and os.environ.get("MSLIB_LOG"):
             with open(os.environ["MSLIB_LOG"], "a") as log:
@@ -41,5 +45,5 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self):
-        if self.terminal:
+        if self.terminal and not rank():
             print(file=sys.stderr)

@@ -1,6 +1,8 @@
 """The only training loop: every lesson's training, with or without a penalty, is one call of `fit`."""
 
+import itertools
 import math
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,7 +11,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .data import batches, steps_per_epoch
+from . import parallel
+from .data import Split, batches, steps_per_epoch
 from .files import read_tensors, write_tensors
 from .models import load, save
 from .progress import Progress
@@ -38,10 +41,14 @@ def learning_rates(lr, steps, schedule="onecycle"):
 
 def fit(
     model, data, *, epochs, lr, batch_size=128, schedule="onecycle", weight_decay=5e-4, penalty=None,
-    seed=0, run=None, precision="auto", device="auto",
+    seed=0, run=None, frozen_statistics=False, precision="auto", device="auto",
 ):  # fmt: skip
     """Train `model` in place on `data.train` with SGD (Nesterov momentum 0.9); return the history, one row an epoch.
 
+    `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
+    Under torchrun (`torchrun --nproc_per_node=2 script.py`) each process takes its share of every batch, and all end
+    with the same weights as one process would: exactly with `frozen_statistics`, which leaves the means and variances
+    of BatchNorms as they are; else each BatchNorm sees its own process's share of the batch, as is usual.
     `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
     `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
     `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
@@ -56,11 +63,13 @@ def fit(
     """
     if epochs < 1 or lr <= 0 or batch_size < 1:
         raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
+    if batch_size % parallel.world():
+        raise ValueError(f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple")
     device = pick_device(device)
     precision = pick_precision(precision, device)
     layout = pick_layout(model, device, precision)
     model.to(device, memory_format=layout)
-    train, val = data.train.to(device), data.val.to(device)
+    train, val = (split.to(device) if isinstance(split, Split) else split for split in (data.train, data.val))
     steps = steps_per_epoch(train, batch_size)
     rates = learning_rates(lr, epochs * steps, schedule).tolist()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
@@ -71,6 +80,7 @@ def fit(
         run = Run(run, {
             "epochs": epochs, "lr": lr, "batch_size": batch_size, "schedule": schedule, "weight_decay": weight_decay,
             "penalty": repr(penalty) if penalty else None, "seed": seed, "data": data.fingerprint,
+            **({"frozen_statistics": True} if frozen_statistics else {}),
             "weights_l1": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
         })  # fmt: skip
         if run.finished:
@@ -89,14 +99,23 @@ def fit(
             start, history, gammas, before = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
             _optional(penalty, "load_state_dict")(state["penalty"])
 
-    began = time.monotonic()
+    began, wrapped = time.monotonic(), parallel.wrap(model, device)
     for epoch in range(start, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
-        loader = ((x.contiguous(memory_format=layout), y) for x, y in batches(train, batch_size, generator))
+        if not isinstance(train, Split):  # what draws in a DataLoader
+            torch.manual_seed(seed * 100_003 + epoch)
+            getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(epoch)
+        model.train()
+        if frozen_statistics:
+            for m in model.modules():
+                m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
+        mine = batches(train, batch_size, generator, (parallel.rank(), parallel.world()))
+        loader = ((x.to(device, memory_format=layout), y.to(device)) for x, y in mine)
         loss, extra = _epoch(
-            model, loader, optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps], epoch * steps, precision,
+            wrapped, loader, optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps], epoch * steps, precision,
             lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
         )  # fmt: skip
+        parallel.agree(model)
         gammas.append(all_gammas(model))
         history.append({
             "epoch": epoch + 1, "lr": rates[(epoch + 1) * steps - 1], "loss": loss, "penalty": extra, "val_top1": evaluate(model, val, precision=precision),
@@ -105,7 +124,7 @@ def fit(
         row, seconds = history[-1], before + time.monotonic() - began
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}")
-        if run:
+        if run and not parallel.rank():
             run.save_checkpoint(epoch + 1, {
                 "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
                 "gammas": torch.stack(gammas), "seconds": seconds,
@@ -116,12 +135,13 @@ def fit(
             keep=True,
         )
     progress.close()
-    if run:
+    if run and not parallel.rank():
         save(model, run.path / "model.pt")
         write_tensors(run.path / "gammas.pt", torch.stack(gammas))
         if state := _optional(penalty, "state_dict")():
             write_tensors(run.path / "penalty.pt", state)
         run.finish(history, seconds)
+    parallel.wait()
     return pd.DataFrame(history)
 
 
@@ -129,7 +149,6 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
     """Train on every batch of `loader` once; mean cross-entropy and mean penalty, two floats."""
     device = next(model.parameters()).device
     total = total_penalty = torch.zeros((), device=device)
-    model.train()
     with getattr(penalty, "attached", nullcontext)():
         for i, (x, y) in enumerate(loader):
             for group in optimizer.param_groups:
@@ -145,7 +164,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
             total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
             if i % 10 == 0:
                 show(i)
-    return float(total) / len(rates), float(total_penalty) / len(rates)
+    return float(parallel.mean(total)) / len(rates), float(total_penalty) / len(rates)
 
 
 def _optional(penalty, name):
@@ -155,26 +174,30 @@ def _optional(penalty, name):
 
 @torch.no_grad()
 def evaluate(model, split, batch_size=500, precision="fp32"):
-    """Top-1 accuracy in percent of `model` on `split`, in evaluation mode; the model's mode is left as it was."""
+    """Top-1 accuracy in percent of `model` on `split`, or on an iterable of batches, in evaluation mode; the model's mode is left as it was."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    correct = 0
-    for x, y in batches(split.to(device), batch_size):
+    correct = seen = 0
+    for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
         with autocast(device, precision):
-            correct += int((model(x).argmax(1) == y).sum())
+            correct += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
+        seen += len(y)
     model.train(training)
-    return 100 * correct / len(split)
+    return 100 * correct / seen
 
 
 def recalibrate(model, split, images=2000, batch_size=128, seed=0):
-    """Estimate mean and variance of every BatchNorm anew on `images` augmented images of `split`; in place, returns `model`.
+    """Estimate mean and variance of every BatchNorm anew on `images` augmented images of `split`, or of a loader's batches; in place, returns `model`.
 
     After a cut the statistics are still those of the full network. No weight changes and no label is used.
     """
-    few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images])
     device = next(model.parameters()).device
-    loader = batches(few.to(device), min(batch_size, len(few)), torch.Generator().manual_seed(seed))
-    torch.optim.swa_utils.update_bn(loader, model)
+    if isinstance(split, Split):
+        few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]).to(device)
+        loader = batches(few, min(batch_size, len(few)), torch.Generator().manual_seed(seed))
+    else:
+        loader = itertools.islice(split, max(1, images // batch_size))
+    torch.optim.swa_utils.update_bn(loader, model, device)
     return model
 
 
@@ -189,7 +212,8 @@ def autocast(device, precision):
 
 
 def pick_device(device="auto"):
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if parallel.world() > 1 else "cuda"
+    return torch.device((own if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def pick_precision(precision, device):

@@ -1,0 +1,139 @@
+"""Training from a folder through DataLoaders, and in two real processes under torchrun, one of them killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import mslib as ms
+from mslib.files import ROOT
+from mslib.shapes import CLASSES, draw_shapes
+
+from .conftest import lively, tiny_data
+
+SCRIPT = """
+import os, sys, torch
+import mslib as ms
+from tests.conftest import lively, tiny_data
+torch.set_num_threads(1)
+print("process", os.getpid(), "is", os.environ.get("RANK", 0), flush=True)
+torch.manual_seed(0)
+model = lively(ms.resnet(8, 3))
+masks = {n: g > g.median() for n, g in ms.gammas(model).items()}
+ms.fit(model, tiny_data(n=int(sys.argv[2])), epochs=int(sys.argv[3]), lr=0.02, batch_size=16, precision="fp32", device="cpu",
+       penalty=ms.MaskedL1(model, masks, 1e-3), run=sys.argv[1], frozen_statistics=sys.argv[4] == "frozen")
+"""
+
+
+def command(processes, *words):
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python", sys.executable]
+    return [sys.executable, *(runner if processes > 1 else ()), "-c", SCRIPT, *map(str, words)]
+
+
+def train(processes, *words):
+    done = subprocess.run(command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def weights(folder):
+    return ms.load(folder / "model.pt").state_dict()
+
+
+def same(a, b, tolerance):
+    return all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=tolerance) for k in a)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel") / "alone"
+    train(1, folder, 640, 4, "frozen")
+    return folder
+
+
+def test_two_processes_end_with_the_weights_of_one(alone, tmp_path):
+    done = train(2, tmp_path / "two", 640, 4, "frozen")
+    assert done.stderr.count("epoch 4/4") == 1  # the first process speaks
+    assert same(weights(alone), weights(tmp_path / "two"), 1e-5)
+    one, two = (json.loads((f / "history.json").read_text())["epochs"] for f in (alone, tmp_path / "two"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
+    torch.manual_seed(0)
+    before = lively(ms.resnet(8, 3)).state_dict()
+    moved = weights(alone)
+    assert not same(moved, before, 1e-2)
+    assert all(torch.equal(moved[k], before[k]) for k in before if "running" in k)
+
+
+def test_without_frozen_statistics_the_processes_agree_in_the_end(tmp_path):
+    train(2, tmp_path / "two", 64, 1, "own")
+    again = weights(tmp_path / "two")
+    assert not torch.equal(again["bn.running_mean"], lively(ms.resnet(8, 3)).bn.running_mean)
+
+
+def test_one_killed_ends_the_other_and_the_run_goes_on(alone, tmp_path):
+    folder = tmp_path / "killed"
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(command(2, folder, 640, 4, "frozen"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 200
+        while not (folder / "epoch-0001.pt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        said = (tmp_path / "log").read_text()
+        second = next(int(line.split()[1]) for line in said.splitlines() if line.startswith("process") and line.endswith("is 1"))
+        os.kill(second, signal.SIGKILL)
+        assert process.wait(timeout=200) != 0
+    assert "SIGKILL" in (tmp_path / "log").read_text() and not (folder / "history.json").exists()
+    done = train(2, folder, 640, 4, "frozen")
+    assert "epoch 1/4" not in done.stderr and "epoch 4/4" in done.stderr
+    assert same(weights(alone), weights(folder), 1e-5)
+
+
+def test_a_batch_is_shared_evenly(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch_size=16 cannot be shared by 3 processes; take a multiple"):
+        ms.fit(ms.resnet(8, 3), tiny_data(), epochs=1, lr=0.1, batch_size=16)
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    for split, n, seed in (("train", 200, 1), ("val", 40, 2)):
+        for i, (image, label) in enumerate(zip(*draw_shapes(n, 24, seed))):
+            target = path / split / CLASSES[label]
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(target / f"{i}.png")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fit_from_a_folder(folder, workers, tmp_path):
+    """Batches of the asked size; training learns, evaluates and goes on as from tensors; a second run is loaded."""
+    data = ms.load_folder(folder, size=16, batch_size=30, workers=workers)
+    assert (data.example.shape, data.input_shape, len(data.train), len(data.val), len(data.test)) == ((1, 3, 16, 16), (3, 16, 16), 6, 1, 2)
+    x, y = next(iter(data.train))
+    assert x.shape == (30, 3, 16, 16) and abs(float(x.mean())) < 1.5 and set(y.tolist()) <= set(range(10))
+    assert data.classes == tuple(sorted(CLASSES)) and "6 train batches" in repr(data)
+    settings = dict(epochs=3, lr=0.05, precision="fp32", device="cpu", run=tmp_path / "run")
+    torch.manual_seed(0)
+    history = ms.fit(model := ms.resnet(8), data, **settings)
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    torch.manual_seed(0)
+    again = ms.fit(ms.resnet(8), data, **settings | {"run": tmp_path / "again"})  # what a DataLoader draws follows from the seed
+    assert again.loss.tolist() == history.loss.tolist()
+    assert ms.evaluate(model, data.test) == pytest.approx(100 * sum(int((model.eval()(x).argmax(1) == y).sum()) for x, y in data.test) / 40)
+    mean = model.bn.running_mean.clone()
+    assert not torch.equal(ms.recalibrate(model, data.train, images=60, batch_size=30).bn.running_mean, mean)
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not hold train/<class>"):
+        ms.load_folder(tmp_path / "nowhere")
