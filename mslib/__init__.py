@@ -2,7 +2,7 @@
 
     import mslib as ms
 
-Networks and images: resnet, vgg, load_data, load_folder, save, load. Training: fit, evaluate, recalibrate.
+Networks and images: resnet, vgg, network, load_data, load_folder, save, load, export. Training: fit, evaluate, recalibrate.
 Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
 Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
@@ -13,6 +13,7 @@ from .config import Config, config, notebook_config
 from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
 from .data import load_data, load_folder, normalize
+from .export import export
 from .files import ROOT
 from .flow import FeatureFlow, flows
 from .graph import ChannelGraph
@@ -29,7 +30,7 @@ from .masks import (
     save_masks,
     weight_norms,
 )
-from .models import PaddedShortcut, load, resnet, save, vgg
+from .models import PaddedShortcut, load, network, resnet, save, vgg
 from .penalties import GlobalL1, HoldZero, MaskedL1, push
 from .prune import prune, zero_masked
 from .runs import environment

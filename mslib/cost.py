@@ -3,10 +3,13 @@
 import copy
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
+
+from .export import session
 
 log = logging.getLogger("mslib")
 
@@ -64,11 +67,18 @@ def latency(model, example, seconds=1.0, fold=True):
     """Time `model` on `example` [N, C, H, W] for about `seconds`, warm, in evaluation mode, channels last.
 
     `fold`: with BatchNorms folded into the convolutions before them, as a network is deployed; one that torch.fx cannot
-    trace is timed as it is, and a log line says so. Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
+    trace is timed as it is, and a log line says so. `model` may be the path of an .onnx file: that is timed in ONNX
+    Runtime on the CPU. Compare two networks in one session only, and read the ratio: milliseconds are of this machine
+    at this moment.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
 
+    threads = torch.get_num_threads()
+    if isinstance(model, (str, Path)):
+        run, images = session(model), example.cpu().numpy()
+        timer = Timer("run(None, {'images': x})", globals={"run": run.run, "x": images}, num_threads=threads)
+        return _timed(timer, example, threads, seconds)
     clone = copy.deepcopy(model).eval()
     if fold:
         try:
@@ -77,8 +87,11 @@ def latency(model, example, seconds=1.0, fold=True):
             log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
     clone = clone.to(memory_format=torch.channels_last)
     example = example.to(next(clone.parameters()).device, memory_format=torch.channels_last)
-    threads = torch.get_num_threads()
     timer = Timer("model(x)", globals={"model": clone, "x": example}, num_threads=threads)
+    return _timed(timer, example, threads, seconds)
+
+
+def _timed(timer, example, threads, seconds):
     timer.timeit(3)  # warm
     measured = timer.blocked_autorange(min_run_time=seconds)
     return Latency(1e3 * measured.median, 1e3 * measured.iqr, len(example), threads)

@@ -149,6 +149,26 @@ def vgg(depth=16, num_classes=10, width=1.0, in_channels=3):
     return model
 
 
+def network(name, num_classes=1000, weights=None):
+    """torchvision's network `name`, such as "resnet50", with `num_classes` outputs; `weights` as torchvision names them.
+
+    Like torchvision.models.get_model, but `save` knows what it is, so that `load` needs nothing but the file.
+    Raises ValueError for an unknown name.
+    """
+    from torchvision.models import get_model
+
+    try:
+        model = get_model(name, weights=weights)
+    except ValueError as error:
+        raise ValueError(f"unknown network {name!r}; torchvision.models.list_models() lists all ({error})") from None
+    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
+    if last and model.get_submodule(last[0]).out_features != num_classes:
+        parent, _, child = last[0].rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(last[0]).in_features, num_classes))
+    model.recipe = {"network": "torchvision", "name": name, "num_classes": num_classes}
+    return model
+
+
 # ---- networks in files ---------------------------------------------------------------------------------------------
 
 
@@ -190,6 +210,10 @@ def resize(model, state, origin="the state"):
         if own not in state:
             continue
         shape = state[own].shape
+        for key in ("bias", "running_mean", "running_var"):
+            other = state.get(f"{name}.{key}")
+            if other is not None and other.shape != shape[:1]:
+                raise ValueError(f"{origin} does not fit {type(model).__name__}: {name} has {shape[0]} channels, its {key} {len(other)}")
         if isinstance(m, nn.Conv2d):
             if 1 < m.groups == m.in_channels:  # depthwise: as many groups as channels
                 m.groups = shape[0] // (m.out_channels // m.in_channels)
@@ -215,4 +239,4 @@ def resize(model, state, origin="the state"):
     return model
 
 
-NETWORKS = {"resnet": resnet, "vgg": vgg}
+NETWORKS = {"resnet": resnet, "vgg": vgg, "torchvision": network}
