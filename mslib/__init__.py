@@ -2,7 +2,8 @@
 
     import mslib as ms
 
-Networks and images: resnet, vgg, network, load_data, load_folder, save, load, export. Training: fit, evaluate, recalibrate.
+Networks: resnet, vgg, network, save, load, export. Images: load_data, load_folder, image_folder.
+Training: fit, evaluate, recalibrate.
 Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
 Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
 The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
@@ -12,7 +13,8 @@ from . import models, plots
 from .config import Config, config, notebook_config
 from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
-from .data import load_data, load_folder, normalize
+from .data import normalize
+from .datasets import image_folder, load_data, load_folder
 from .export import export
 from .files import ROOT
 from .flow import FeatureFlow, flows

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .cost import cost, latency
-from .data import Data, Split, load_data
+from .data import Data, Split
+from .datasets import load_data
 from .files import write_json
 from .graph import ChannelGraph
 from .masks import masks_for_macs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .data import KNOWN, find_dataset
+from .datasets import KNOWN, find_dataset
 from .files import ROOT
 from .train import SCHEDULES
 

@@ -14,7 +14,7 @@ import pandas as pd
 from . import plots
 from .config import config
 from .cost import cost
-from .data import load_data
+from .datasets import load_data
 from .files import ROOT, read_json, read_tensors, write_json
 from .masks import load_masks
 from .models import load

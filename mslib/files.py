@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`; rename it onto `path` when the block ends well, remove it otherwise."""
+    """Give a temporary path, for a file or folder, beside `path`; rename it onto `path` when the block ends well, remove it otherwise."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -22,7 +23,7 @@ def replacing(path):
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror or error}); choose a folder you may write to") from error
     finally:
-        beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
 
 
 def write_json(path, value):

@@ -9,11 +9,10 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
 import mslib as ms
 from mslib.files import ROOT
-from mslib.shapes import CLASSES, draw_shapes
+from mslib.shapes import CLASSES
 
 from .conftest import lively, tiny_data
 
@@ -105,13 +104,21 @@ def test_a_batch_is_shared_evenly(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("images")
-    for split, n, seed in (("train", 200, 1), ("val", 40, 2)):
-        for i, (image, label) in enumerate(zip(*draw_shapes(n, 24, seed))):
-            target = path / split / CLASSES[label]
-            target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(target / f"{i}.png")
-    return path
+    return ms.image_folder("shapes", tmp_path_factory.mktemp("images") / "shapes", 24, (200, 40))
+
+
+def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(folder, tmp_path, monkeypatch):
+    drawn, read = ms.load_data("shapes", image_size=24, sizes=(200, 40)), ms.load_data(str(folder))
+    assert set(drawn.classes) == set(read.classes) and len(read.train) + len(read.val) == 200 and len(read.test) == 40
+    found = {(read.classes[label], image.numpy().tobytes()) for image, label in zip(read.test.images, read.test.labels)}
+    assert found == {(drawn.classes[label], image.numpy().tobytes()) for image, label in zip(drawn.test.images, drawn.test.labels)}
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert ms.image_folder("shapes", folder) == folder and ms.image_folder(str(folder), tmp_path / "copy") == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before and not (tmp_path / "copy").exists()
+    monkeypatch.setattr("torchvision.io.write_png", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ms.image_folder("shapes", tmp_path / "stopped", 24, (200, 40))
+    assert not list(tmp_path.iterdir())  # nothing half done is left behind
 
 
 @pytest.mark.parametrize("workers", [0, 2])

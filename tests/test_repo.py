@@ -105,7 +105,7 @@ def test_readme_recipe_runs(tmp_path, monkeypatch):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     shutil.make_archive(str(tmp_path / "my_images"), "zip", tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mslib.data.ROOT", tmp_path)
+    monkeypatch.setattr("mslib.datasets.ROOT", tmp_path)
     code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "my_images.zip" in c)
     exec(compile(code.replace("epochs=10", "epochs=1").replace("epochs=4", "epochs=1"), "README.md", "exec"), {})
     assert (tmp_path / "small.pt").exists()
