@@ -250,8 +250,9 @@ class _following:
 
 def keep_reference(name, cfg, lessons):
     """Copy the finished stages of `cfg` to data/reference/<name>; of the weights, the baseline and the final network."""
-    left_out = shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt", "pruned*.pt", "model.pt")
     for lesson in lessons:
+        gammas = "gammas.pt" if lesson > "05" else ""  # which no lesson draws
+        left_out = shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt", "pruned*.pt", "penalty.pt", "model.pt", gammas)
         found = stage(lesson, cfg)
         if found.finished:
             shutil.copytree(found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=left_out)
