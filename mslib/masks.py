@@ -185,7 +185,8 @@ def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     short = [name for name, keep in masks.items() if keep.sum() < least[name]]
     if short and tell:
-        log.warning("%s kept in %s: it would have lost %s", _least(floor), ", ".join(short), "more" if floor else "all")
+        names = ", ".join(short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
+        log.warning("%s kept in %s: it would have lost %s", _least(floor), names, "more" if floor else "all")
     worth = torch.full((len(graph.root),), -torch.inf)
     for name, s in scores.items():
         worth[graph.root[graph.norms[name]]] = s.float()
