@@ -80,7 +80,7 @@ def image_folder(dataset, path, size=32, sizes=(1000, 400)):
 
     A folder stays where it is; anything else is written to `path` as PNG files, once. `size`, `sizes`: for shapes.
     """
-    from torchvision.io import write_png
+    from PIL import Image
 
     if dataset not in KNOWN and find_dataset(dataset).is_dir():
         return find_dataset(dataset)
@@ -93,7 +93,7 @@ def image_folder(dataset, path, size=32, sizes=(1000, 400)):
                     (beside / split / name).mkdir(parents=True)
                 pairs = ((image, label) for part in parts for image, label in zip(part.images, part.labels))
                 for i, (image, label) in enumerate(pairs):
-                    write_png(image, str(beside / split / data.classes[label] / f"{i:05}.png"))
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(beside / split / data.classes[label] / f"{i:05}.png")
     return path
 
 
