@@ -28,26 +28,21 @@ def export(model, path, example, tolerance=1e-4):
     try:
         with replacing(path) as beside, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            part = beside.with_name(beside.name + path.suffix)
-            try:
-                if path.suffix == ".onnx":
-                    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-                        logging.getLogger(name).setLevel(logging.ERROR)
-                    torch.onnx.export(
-                        model, (few,), part, dynamo=True, dynamic_shapes=(batch,), input_names=["images"], output_names=["logits"],
-                        external_data=False, verbose=False,
-                    )  # fmt: skip
-                    outputs = torch.from_numpy(session(part).run(None, {"images": example.cpu().numpy()})[0])
-                else:
-                    torch.export.save(torch.export.export(model, (few,), dynamic_shapes=(batch,)), part)
-                    outputs = torch.export.load(part).module()(example).cpu()
-                wanted = model(example).cpu()
-                off = float((outputs - wanted).abs().max() / wanted.abs().max())
-                if not off <= tolerance:
-                    raise ValueError(f"{path}: its outputs are off by {off:.2g} of the largest, above tolerance={tolerance:g}; not written")
-                part.replace(beside)
-            finally:
-                part.unlink(missing_ok=True)
+            if path.suffix == ".onnx":
+                for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+                    logging.getLogger(name).setLevel(logging.ERROR)
+                torch.onnx.export(
+                    model, (few,), beside, dynamo=True, dynamic_shapes=(batch,), input_names=["images"], output_names=["logits"],
+                    external_data=False, verbose=False,
+                )  # fmt: skip
+                outputs = torch.from_numpy(session(beside).run(None, {"images": example.cpu().numpy()})[0])
+            else:
+                torch.export.save(torch.export.export(model, (few,), dynamic_shapes=(batch,)), beside)
+                outputs = torch.export.load(beside).module()(example).cpu()
+            wanted = model(example).cpu()
+            off = float((outputs - wanted).abs().max() / wanted.abs().max())
+            if not off <= tolerance:
+                raise ValueError(f"{path}: its outputs are off by {off:.2g} of the largest, above tolerance={tolerance:g}; not written")
     finally:
         model.train(training)
     return off

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/
 def replacing(path):
     """Give a temporary path, for a file or folder, beside `path`; rename it onto `path` when the block ends well, remove it otherwise."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torchvision.ops import stochastic_depth
 
 from .models import PaddedShortcut
 
@@ -23,7 +22,7 @@ ELEMENTWISE = (
     nn.ELU, nn.PReLU, nn.Hardtanh, nn.Softplus, nn.Mish, F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.silu, F.gelu,
     F.hardswish, F.hardsigmoid, F.mish, F.elu, F.sigmoid, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
 )  # fmt: skip
-IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, stochastic_depth, "contiguous", "clone")
+IDENTITY = (nn.Identity, nn.Dropout, nn.Dropout2d, F.dropout, F.dropout2d, "stochastic_depth", "contiguous", "clone")
 POOLING = (
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, nn.Flatten, torch.flatten, "flatten", "mean", torch.mean,
@@ -126,6 +125,8 @@ class ChannelGraph:
         if not known:
             return None  # the network's input, or a shape
         value = known[0]
+        if getattr(kind, "__name__", "") == "stochastic_depth":  # by name: importing torchvision takes a second
+            kind = "stochastic_depth"
         if kind in IDENTITY and len(known) == 1:
             return Value(value.ids, value.dead, value.constant)
         if kind in ELEMENTWISE and len(known) == 1:

@@ -21,7 +21,7 @@ class Group:
     macs: int | None = None  # multiply-accumulates of one image that would go with all of it
 
     def __str__(self):
-        text = f"{self.size} channels: {_short(self.writers)} -> {_short(self.norms) or 'no BatchNorm'} -> {_short(self.readers)}"
+        text = f"{self.size} channels: {short(self.writers)} -> {short(self.norms) or 'no BatchNorm'} -> {short(self.readers)}"
         return text + (f"  [kept: {self.reason}]" if self.reason else "")
 
 
@@ -31,7 +31,7 @@ class Groups(list):
     def table(self):
         """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs if known."""
         rows = [
-            {"channels": g.size, "written by": _short(g.writers), "scaled by": _short(g.norms), "read by": _short(g.readers),
+            {"channels": g.size, "written by": short(g.writers), "scaled by": short(g.norms), "read by": short(g.readers),
              "free": g.reason or ("yes" if g.norms else "no BatchNorm scales it"), "M MACs": g.macs and g.macs / 1e6}
             for g in self
         ]  # fmt: skip
@@ -44,7 +44,7 @@ class Groups(list):
         return self.table().to_html(float_format="%.2f")
 
 
-def _short(names):
+def short(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -67,10 +67,9 @@ def channel_groups(model, example=None):
     order = {name: i for i, name in enumerate(graph.modules)}
     found = []
     for (writers, norms, readers, reason), roots in members.items():
-        gone = None
+        drop, gone = torch.isin(graph.root, torch.tensor(roots)), None
         if example is not None:
-            drop = torch.isin(graph.root, torch.tensor(roots))
             gone = round(sum(macs * (1 - graph.share_left(name, drop)) for name, macs in layers.items()))
-        size = max((int(torch.isin(graph.root[graph.outputs[w]], torch.tensor(roots)).sum()) for w in writers[:1]), default=len(roots))
+        size = int(drop[graph.outputs[writers[0]]].sum()) if writers else len(roots)
         found.append(Group(size, writers, norms, readers, reason, gone))
     return Groups(sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0)))

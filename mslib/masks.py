@@ -14,6 +14,7 @@ from torch import nn
 from .cost import cost
 from .files import read_json, read_tensors, write_tensors
 from .graph import ChannelGraph
+from .groups import short
 
 log = logging.getLogger("mslib")
 
@@ -183,10 +184,9 @@ def _shared_scores(graph, scores):
 def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
     """Keep the best channels of a layer that would go below the floor, and make the masks say what `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
-    short = [name for name, keep in masks.items() if keep.sum() < least[name]]
-    if short and tell:
-        names = ", ".join(short[:3]) + (f" and {len(short) - 3} more" if len(short) > 3 else "")
-        log.warning("%s kept in %s: it would have lost %s", _least(floor), names, "more" if floor else "all")
+    below = [name for name, keep in masks.items() if keep.sum() < least[name]]
+    if below and tell:
+        log.warning("%s kept in %s: it would have lost %s", _least(floor), short(below), "more" if floor else "all")
     worth = torch.full((len(graph.root),), -torch.inf)
     for name, s in scores.items():
         worth[graph.root[graph.norms[name]]] = s.float()
@@ -211,7 +211,7 @@ def _least(floor):
 
 
 def check_masks(graph, masks):
-    """ValueError that names the layer when `masks` do not fit the network of `graph`."""
+    """What goes, as `graph.dropped` says; ValueError that names the layer when `masks` do not fit the network of `graph`."""
     for name, mask in masks.items():
         if name not in graph.norms:
             near = difflib.get_close_matches(name, graph.norms, 1)
@@ -225,9 +225,11 @@ def check_masks(graph, masks):
             raise ValueError(f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer")
         if not mask.all() and graph.reason(name):
             raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}")
-    empty = graph.emptied(graph.dropped(masks))
+    drop = graph.dropped(masks)
+    empty = graph.emptied(drop)
     if empty:
         raise ValueError(f"the masks keep no channel of {empty[0]!r}; keep at least one, or nothing passes the layer")
+    return drop
 
 
 def save_masks(masks, path):
@@ -264,8 +266,7 @@ def load_masks(path, model=None, means="keep"):
         if name in masks and not torch.equal(keep, masks[name]):
             raise ValueError(f"{path}: {key!r} says another thing than an entry before it, of the same channels")
         masks[name] = keep
-    check_masks(graph, masks)
-    drop = graph.dropped(masks)
+    drop = check_masks(graph, masks)
     for name, keep in masks.items():
         stay = int((~keep & ~drop[graph.norms[name]]).sum())
         if stay:

@@ -30,8 +30,7 @@ def prune(model, masks, example=None, fold_bias=False):
     """
     small = copy.deepcopy(model)
     graph = ChannelGraph(small)
-    check_masks(graph, masks)
-    drop = graph.dropped(masks)
+    drop = check_masks(graph, masks)
     if fold_bias:
         _fold(graph, drop)
     state = small.state_dict()
@@ -94,8 +93,7 @@ def zero_masked(model, masks, keep_bias=False):
     """
     zeroed = copy.deepcopy(model)
     graph = ChannelGraph(zeroed)
-    check_masks(graph, masks)
-    drop = graph.dropped(masks)
+    drop = check_masks(graph, masks)
     for name, ids in graph.norms.items():
         norm = graph.modules[name]
         norm.weight[drop[ids].to(norm.weight.device)] = 0
