@@ -10,7 +10,7 @@ run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 	MSLIB_PRESET=quick $(BIN)/python -m pytest -q --nbval -p no:cacheprovider notebooks
 
 lab: .venv/ready

@@ -10,7 +10,7 @@ The course: config, stage, require, reference, published, scoreboard; figures in
 """
 
 from . import models, plots
-from .config import Config, config, notebook_config
+from .config import config, notebook_config
 from .cost import cost, latency
 from .course import data_of, published, reference, require, scoreboard, stage
 from .data import normalize

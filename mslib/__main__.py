@@ -35,7 +35,7 @@ def main(arguments=None):
         command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="change a setting")
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "sweep": _sweep, "bench": _bench, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options)
+        return {"run": _run, "sweep": _sweep, "bench": _bench, "reference": _reference, "store": _store, "stamp": _stamp}[options.command](options) or 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,7 +78,6 @@ def _run(options):
     print("\nexecuted notebooks:")
     for lesson in lessons:
         print(f"  {course.stage(lesson, cfg) / f'{lesson}.ipynb'}")
-    return 0
 
 
 def _sweep(options):
@@ -113,19 +112,16 @@ def _bench(options):
 
     bench(options.json, say=say)
     print(options.json)
-    return 0
 
 
 def _reference(options):
     cfg, lessons = _chosen(options)
     course.keep_reference(options.name, cfg, lessons)
-    return 0
 
 
 def _store(options):
     for lesson in _lessons(options):
         course.store_lesson(lesson, config("auto"), say)
-    return 0
 
 
 def _stamp(options):
@@ -133,7 +129,6 @@ def _stamp(options):
 
     for path in stamp():
         print(f"stamped {path}")
-    return 0
 
 
 def say(line):

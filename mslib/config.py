@@ -11,6 +11,8 @@ from .datasets import KNOWN, find_dataset
 from .files import ROOT
 from .train import SCHEDULES
 
+METHODS = ("random", "uniform", "l1-norm", "global", "masked", "greg-1", "greg-2", "flow", "scratch")
+
 
 def _setting(default, lesson, doc, low=None, high=None, known=None):
     """Numbers must be above 0, or, where given, from `low` on and below `high`; texts one of `known`."""
@@ -52,6 +54,14 @@ class Config:
     vgg_width: float = _setting(0.25, 6, "channels of the plain network, as a share of VGG-16's")
     flow_length: float = _setting(1.0, 7, "k1, strength on the length of the feature flow")
     flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature")
+    growing_exponent: float = _setting(4.0, 8, "GReg-2's common penalty shrinks what nothing holds to e to the minus this")
+    method: str = _setting("masked", 8, "of pruning: " + ", ".join(METHODS), known=METHODS)
+    own_network: str = _setting("resnet18", 9, "of torchvision, by name")
+    own_side: int = _setting(48, 9, "of the images in pixels, as this network sees them")
+    own_epochs: int = _setting(6, 9, "of its baseline")
+    own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline")
+    own_sparse_epochs: int = _setting(2, 9, "with the penalty")
+    own_finetune_epochs: int = _setting(2, 9, "after the cut")
     runs: str = field(default="runs", metadata={"doc": "folder of all runs"})
 
     def describe(self, lesson):
@@ -80,7 +90,7 @@ PRESETS = {
     "quick": dict(
         dataset="shapes", image_size=16, batch_size=32, epochs=7, lr=0.1,
         sparse_epochs=3, sparse_lr=0.05, global_strength=8e-3, masked_strength=2.1e-2, finetune_epochs=2, finetune_lr=0.05,
-        growing_ceiling=8.0, growing_every=5, flow_length=3.0, flow_curvature=3.0,
+        own_sparse_epochs=3, growing_ceiling=8.0, growing_every=5, flow_length=3.0, flow_curvature=3.0,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),
@@ -128,11 +138,14 @@ def notebook_config(scope):
 
 
 def _check(cfg):
+    if not isinstance(cfg.runs, str):
+        raise ValueError(f"runs={cfg.runs!r}: expected the name of a folder, for example 'runs'")
     for f in _settings():
         value, default, (low, high, known) = getattr(cfg, f.name), getattr(Config(), f.name), map(f.metadata.get, ("low", "high", "known"))
         kinds = {int: int, float: (int, float), str: str, bool: bool, dict: dict, type(None): (int, type(None))}[type(default)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise ValueError(f"{f.name}={value!r}: expected a {type(default).__name__}, for example {default!r}")
+            kind, such = ("whole number", 32) if default is None else (type(default).__name__, default)
+            raise ValueError(f"{f.name}={value!r}: expected a {kind}, for example {such!r}")
         if known and value not in known:
             raise ValueError(f"{f.name}={value!r}" + _nearest(value, known))
         if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -33,18 +33,14 @@ def cost(model, example):
     Counted as the papers count "FLOPs": one multiplication and addition is one; biases, BatchNorm and activations
     are left out. The model runs once, without data, on PyTorch's meta device.
     """
-    layers, handles = {}, []
-    clone = copy.deepcopy(model).to("meta").eval()
+    layers, clone = {}, copy.deepcopy(model).to("meta").eval()
 
-    def count(name):
-        def hook(m, _, out):
-            layers[name] = layers.get(name, 0) + out[0].numel() * m.weight[0].numel()
+    def count(m, _, out):
+        layers[names[m]] = layers.get(names[m], 0) + out[0].numel() * m.weight[0].numel()
 
-        return hook
-
-    for name, m in clone.named_modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            handles.append(m.register_forward_hook(count(name)))
+    names = {m: name for name, m in clone.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    for m in names:
+        m.register_forward_hook(count)
     clone(example[:1].to("meta"))
     return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
 
@@ -74,24 +70,20 @@ def latency(model, example, seconds=1.0, fold=True):
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
 
-    threads = torch.get_num_threads()
     if isinstance(model, (str, Path)):
-        run, images = session(model), example.cpu().numpy()
-        timer = Timer("run(None, {'images': x})", globals={"run": run.run, "x": images}, num_threads=threads)
-        return _timed(timer, example, threads, seconds)
-    clone = copy.deepcopy(model).eval()
-    if fold:
-        try:
-            clone = fuse(clone)
-        except Exception as error:
-            log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
-    clone = clone.to(memory_format=torch.channels_last)
-    example = example.to(next(clone.parameters()).device, memory_format=torch.channels_last)
-    timer = Timer("model(x)", globals={"model": clone, "x": example}, num_threads=threads)
-    return _timed(timer, example, threads, seconds)
-
-
-def _timed(timer, example, threads, seconds):
+        file, x = session(model), example.cpu().numpy()
+        run = lambda x: file.run(None, {"images": x})  # noqa: E731
+    else:
+        run = copy.deepcopy(model).eval()
+        if fold:
+            try:
+                run = fuse(run)
+            except Exception as error:
+                log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
+        run = run.to(memory_format=torch.channels_last)
+        x = example.to(next(run.parameters()).device, memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    timer = Timer("model(x)", globals={"model": run, "x": x}, num_threads=threads)
     timer.timeit(3)  # warm
     measured = timer.blocked_autorange(min_run_time=seconds)
     return Latency(1e3 * measured.median, 1e3 * measured.iqr, len(example), threads)

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,8 @@ NEEDS = {
     "05_finetune": ("04_pruning",),
     "06_growing_regularization": ("05_finetune",),
     "07_feature_flow": ("06_growing_regularization",),
+    "08_method_comparison": ("01_baseline", "02_global_sparsity"),
+    "09_your_own_network": (),
 }
 REFERENCE = ROOT / "data" / "reference"
 
@@ -48,8 +51,10 @@ class Stage:
 
     def __str__(self):
         m, s = self.metrics, self.settings
+        network, epochs, lr = (s.get(k, s.get(k.removeprefix("own_"))) for k in ("own_network", "own_epochs", "own_lr"))
+        network = network or f"ResNet-{s['depth']}"
         return (
-            f"{self.lesson}: {s['dataset']}, ResNet-{s['depth']}, {s['epochs']} epochs at lr {s['lr']:g}, batch {s['batch_size']}, "
+            f"{self.lesson}: {s['dataset']}, {network}, {epochs} epochs at lr {lr:g}, batch {s['batch_size']}, "
             f"seed {s['seed']}; measured {m['date']} on {m['hardware']}, torch {m['torch']}"
         )
 
@@ -214,45 +219,44 @@ def _execute(lesson, target, where, parameters, say):
     os.replace(part, target)
 
 
-class _following:
+@contextmanager
+def _following(path, title, say):
     """Show the lines that a notebook's trainings write to a log file while another process runs it."""
+    seen, stop, began = path.stat().st_size if path.exists() else 0, threading.Event(), time.monotonic()
 
-    def __init__(self, path, title, say):
-        self.path, self.title, self.say, self.stop = path, title, say, threading.Event()
+    def follow():
+        nonlocal seen
+        last = False
+        while not last:
+            last = stop.wait(0.5)
+            if path.exists():
+                with open(path) as log:
+                    log.seek(seen)
+                    for line in log.read().splitlines():
+                        say(f"  {line}")
+                    seen = log.tell()
 
-    def __enter__(self):
-        self.before, self.began = os.environ.get("MSLIB_LOG"), time.monotonic()
-        os.environ["MSLIB_LOG"] = str(self.path)
-        self.seen = self.path.stat().st_size if self.path.exists() else 0
-        self.say(f"{self.title}: running")
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.thread.start()
-
-    def _follow(self):
-        while not self.stop.wait(0.5):
-            self._show()
-        self._show()
-
-    def _show(self):
-        if self.path.exists():
-            with open(self.path) as log:
-                log.seek(self.seen)
-                for line in log.read().splitlines():
-                    self.say(f"  {line}")
-                self.seen = log.tell()
-
-    def __exit__(self, kind, *_):
-        self.stop.set()
-        self.thread.join()
-        os.environ.pop("MSLIB_LOG") if self.before is None else os.environ.update(MSLIB_LOG=self.before)
-        self.say(f"{self.title}: {'stopped' if kind else 'done'} after {time.monotonic() - self.began:.0f} s")
+    before = os.environ.get("MSLIB_LOG")
+    os.environ["MSLIB_LOG"] = str(path)
+    say(f"{title}: running")
+    thread, how = threading.Thread(target=follow, daemon=True), "stopped"
+    thread.start()
+    try:
+        yield
+        how = "done"
+    finally:
+        stop.set()
+        thread.join()
+        os.environ.pop("MSLIB_LOG") if before is None else os.environ.update(MSLIB_LOG=before)
+        say(f"{title}: {how} after {time.monotonic() - began:.0f} s")
 
 
 def keep_reference(name, cfg, lessons):
     """Copy the finished stages of `cfg` to data/reference/<name>; of the weights, the baseline and the final network."""
     for lesson in lessons:
         gammas = "gammas.pt" if lesson > "05" else ""  # which no lesson draws
-        left_out = shutil.ignore_patterns(".*", "epoch-*.pt", "log.txt", "pruned*.pt", "penalty.pt", "model.pt", gammas)
+        heavy = ("images", "imagenet", "*.onnx", "before.pt", "pruned*.pt", "penalty.pt", "model.pt", "epoch-*.pt")
+        left_out = shutil.ignore_patterns(".*", "log.txt", *heavy, gammas)
         found = stage(lesson, cfg)
         if found.finished:
             shutil.copytree(found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=left_out)

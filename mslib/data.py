@@ -57,7 +57,8 @@ class Data:
                 digest.update(split.images.numpy())
                 digest.update(split.labels.numpy())
             else:  # batches from elsewhere: as far as one can tell without reading them all
-                digest.update(f"{self.name} {self.classes} {len(split)}".encode())
+                images = len(getattr(split, "dataset", split))
+                digest.update(f"{self.name} {self.classes} {images} {self.input_shape}".encode())
         return digest.hexdigest()[:12]
 
     def __repr__(self):

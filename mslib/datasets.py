@@ -12,7 +12,7 @@ import torch
 
 from .data import Data, Split, normalize
 from .files import ROOT, read_tensors, replacing, write_tensors
-from .parallel import world
+from .parallel import rank, world
 from .shapes import CLASSES, draw_shapes
 
 KNOWN = ("shapes", "cifar10", "cifar100")
@@ -31,9 +31,9 @@ def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
     if not 0 < val < 1:
         raise ValueError(f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1")
     if dataset == "shapes":
-        names, train, test = _shapes(image_size or 32, *sizes)
+        names, (train, test) = CLASSES, (Split(*draw_shapes(n, image_size or 32, seed)) for seed, n in enumerate(sizes, 1))
     elif dataset in ("cifar10", "cifar100"):
-        names, train, test = _cifar(dataset)
+        names, train, test = _cifar(dataset, image_size)
     else:
         names, train, test = _read_folder(find_dataset(dataset), image_size)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -42,35 +42,42 @@ def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
     return Data(name, train.subset(order[held:]), train.subset(order[:held]), test, tuple(names))
 
 
-def load_folder(path, size=224, batch_size=128, val=0.1, workers=2):
+def load_folder(path, size=224, batch_size=128, val=0.1, crop=0.08, workers=2):
     """The images of a folder read while training, for sets that do not fit into memory: a `Data` of DataLoaders.
 
     `path`: holds train/<class>/* and test/<class>/* (or val/<class>/* as the test set), images of any size. Training
-    images are cropped at random (8 to 100 % of the area) to `size` pixels and mirrored, as for ImageNet; the others are
-    resized and cropped in the middle. The share `val` of the training images is held out.
+    images are cropped at random to `size` pixels, keeping `crop` to 1 of the area (0.08 is usual for ImageNet; more for
+    small images and short runs), and mirrored; the others are resized and cropped in the middle. The share `val` of the
+    training images is held out.
     Under torchrun each process reads its own share of every batch of `batch_size`.
 
-    Raises FileNotFoundError for a missing folder, ValueError for a batch that the processes cannot share evenly.
+    Raises FileNotFoundError for a missing folder, ValueError for classes that differ between train and test, a crop out of
+    range, or a batch that the processes cannot share evenly.
     """
     from torch.utils.data import DataLoader, DistributedSampler, Subset
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     path = Path(path).expanduser()
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    test = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise FileNotFoundError(f"{path} does not hold train/<class>/* and test/<class>/* (or val/<class>/*)")
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop={crop}: the smallest share of the area that a random crop keeps, above 0 and up to 1")
     if batch_size % world():
         raise ValueError(f"batch_size={batch_size} cannot be shared by {world()} processes; take a multiple of {world()}")
     tensor = (v2.PILToTensor(), _normalized)
-    drawn = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *tensor])
+    drawn = v2.Compose([v2.RandomResizedCrop(size, (crop, 1)), v2.RandomHorizontalFlip(), *tensor])
     plain = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size), *tensor])
     train, held, tests = ImageFolder(path / "train", drawn), ImageFolder(path / "train", plain), ImageFolder(test, plain)
+    if train.classes != tests.classes:
+        apart = sorted(set(train.classes) ^ set(tests.classes))
+        raise ValueError(f"{path}: train/ and {test.name}/ must hold the same classes; {apart[0]!r} is in one of them only")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     middle = max(1, round(val * len(train)))
     train, held = Subset(train, order[middle:]), Subset(held, order[:middle])
     each, common = batch_size // world(), {"num_workers": workers}  # new workers an epoch: what they draw follows from its seed
-    sampler = DistributedSampler(train, drop_last=True) if world() > 1 else None
+    sampler = DistributedSampler(train, world(), rank(), drop_last=True) if world() > 1 else None
     loaders = DataLoader(train, each, shuffle=sampler is None, sampler=sampler, drop_last=len(train) >= batch_size, **common)
     return Data(path.name, loaders, DataLoader(held, each, **common), DataLoader(tests, each, **common), tuple(tests.classes))
 
@@ -112,13 +119,9 @@ def find_dataset(dataset):
     )
 
 
-def _shapes(size, n_train, n_test):
-    train, test = (Split(*draw_shapes(n, size, seed)) for n, seed in ((n_train, 1), (n_test, 2)))
-    return CLASSES, train, test
-
-
-def _cifar(name):
+def _cifar(name, side):
     from torchvision import datasets
+    from torchvision.transforms.v2.functional import resize
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
@@ -128,8 +131,10 @@ def _cifar(name):
             f"{name} could not be downloaded to {ROOT / 'data'} ({error}); connect once, "
             "give the path of a folder or archive of the images, or use dataset='shapes'"
         ) from error
-    splits = [Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets]
-    return sets[0].classes, *splits
+    images = [torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous() for s in sets]
+    if side not in (None, 32):
+        images = [resize(x, [side, side]) for x in images]
+    return sets[0].classes, *(Split(x, torch.tensor(s.targets)) for x, s in zip(images, sets))
 
 
 def _entries(path):
@@ -157,20 +162,22 @@ def _read_folder(path, image_size):
     if path.is_file() and cache.exists():  # a folder may change inside without a trace: read it anew
         kept = read_tensors(cache)
         return kept["classes"], Split(*kept["train"]), Split(*kept["test"])
-    found = {"train": {}, "test": {}}  # split -> {name inside: (class, pixels)}
+    found = {"train": {}, "test": {}, "val": {}}  # split -> {name inside: (class, pixels)}
     side = image_size
     try:
         for name, content in _entries(path):
             parts = name.strip("./").split("/")
             if len(parts) < 3 or any(p.startswith((".", "__MACOSX")) for p in parts):
                 continue
-            split = {"train": "train", "test": "test", "val": "test", "valid": "test"}.get(parts[-3])
+            split = {"train": "train", "test": "test", "val": "val", "valid": "val"}.get(parts[-3])
             if split:
                 pixels = _decode(content, f"{path}: {name}", side)
                 side = side or pixels.shape[-1]
                 found[split][name] = (parts[-2], pixels)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path} cannot be read as a folder, .tar.gz or .zip of images: {error}") from error
+    val = found.pop("val")
+    found["test"] = found["test"] or val
     for split, images in found.items():
         if not images:
             raise ValueError(f"{path} holds no {split} images; expected files like {split}/<class>/0001.png")

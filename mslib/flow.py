@@ -56,11 +56,13 @@ class FeatureFlow(Penalty):
 @torch.no_grad()
 def flows(model, images, layers=None):
     """The features of `images` [N, C, H, W] on their way through `model` in evaluation mode: a list of stretches of equal
-    shape, each a list of tensors, one a layer followed. `layers` as in FeatureFlow. The network is left as it was."""
+    shape, each a list of tensors on the CPU, one a layer followed. `layers` as in FeatureFlow. The network is left as it was."""
     features, training = [], model.training
-    with _hooked(followed(model, layers), lambda module, _, out: features.append(out.clone())):
-        model.eval()(images)
-    model.train(training)
+    try:
+        with _hooked(followed(model, layers), lambda module, _, out: features.append(out.to("cpu", copy=True))):
+            model.eval()(images.to(next(model.parameters()).device))
+    finally:
+        model.train(training)
     return runs(features)
 
 

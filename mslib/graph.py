@@ -170,11 +170,11 @@ class ChannelGraph:
         if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)) and value is not None:
             ids, dead, constant = self._spread(name, value, m.num_features)
             self._note(self.norms, name, ids)
+            if m.weight is None or m.running_mean is None:
+                self._keep(ids, f"{name} has no γ (affine=False) or no statistics (track_running_stats=False)")
+                return Value(ids, torch.zeros_like(dead), torch.full_like(constant, torch.nan), name)
             if isinstance(self.modules.get(value.maker), nn.Conv2d) and len(node.all_input_nodes[0].users) == 1:
                 self.norm_after[value.maker] = name
-            if m.weight is None:
-                self._keep(ids, f"{name} has no γ (affine=False)")
-                return Value(ids, torch.zeros_like(dead), torch.full_like(constant, torch.nan), name)
             return Value(ids, torch.ones_like(dead), m.bias.detach().cpu().float(), name)
         if isinstance(m, PaddedShortcut) and value is not None:
             source = m.source.cpu()

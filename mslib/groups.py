@@ -40,6 +40,8 @@ class Groups(list):
     def __str__(self):
         return self.table().to_string(float_format="%.2f")
 
+    __repr__ = __str__
+
     def _repr_html_(self):
         return self.table().to_html(float_format="%.2f")
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from .graph import ChannelGraph
-from .masks import check_masks, masks_for_ratio
+from .masks import check_masks, fingerprint, masks_for_ratio
 from .penalties import Penalty
 from .train import MOMENTUM
 
@@ -78,7 +78,7 @@ class GrowingL2(Penalty):
 
     def __repr__(self):
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
-        goes = "" if self.masks is None else f"{sum(int((~m).sum()) for m in self.masks.values())} to go, "
+        goes = "" if self.masks is None else f"{sum(int((~m).sum()) for m in self.masks.values())} to go {fingerprint(self.masks)}, "
         what = "filters" if all(len(u) == 1 for u in self.units.values()) else "weights"
         return f"GrowingL2({sum(u.numel() for u in self.units.values())} {what}, {goes}{given})"
 

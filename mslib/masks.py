@@ -4,6 +4,7 @@ A mask is plain data. The functions here make one from γ (or from any scores), 
 """
 
 import difflib
+import hashlib
 import logging
 import math
 from pathlib import Path
@@ -128,11 +129,10 @@ def _passes(norm):
 
 
 def masks_for_ratio(model, reduction, scores):
-    """Drop a given share of the channels (or weights) of lowest score.
+    """Drop the given share of each layer's channels (or weights), those of lowest score.
 
-    `reduction`: one fraction in (0, 1), of all layers ranked together; or a dict[module -> fraction], each layer for
-    itself by the innermost module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}, {"": 0.5} for all alike.
-    A layer loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
+    `reduction`: a fraction in [0, 1) for each layer alike; or a dict[module -> fraction], each layer by the innermost
+    module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}. A layer loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
     `scores`: `gammas`, `filter_norms` or `weight_norms` of the model, or any dict like them. `model`: or its ChannelGraph.
 
     Raises ValueError for a fraction outside [0, 1) or a module without such layers.
@@ -148,18 +148,13 @@ def masks_for_ratio(model, reduction, scores):
     if channels:
         graph = model if isinstance(model, ChannelGraph) else ChannelGraph(model)
         scores = _shared_scores(graph, scores)
-    if not isinstance(reduction, dict):
-        together = torch.cat([s.flatten() for s in scores.values()]).sort().values
-        line = together[math.ceil(reduction * len(together)) - 1] if reduction else -torch.inf
-        masks = {name: s > line for name, s in scores.items()}
-    else:
-        masks = {}
-        for name, s in scores.items():
-            fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=None), 0)
-            order = s.flatten().argsort(stable=True)
-            keep = torch.ones(s.numel(), dtype=torch.bool)
-            keep[order[: min(math.ceil(fraction * s.numel()), s.numel() - 1)]] = False
-            masks[name] = keep.reshape(s.shape)
+    masks = {}
+    for name, s in scores.items():
+        fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=None), 0)
+        order = s.flatten().argsort(stable=True)
+        keep = torch.ones(s.numel(), dtype=torch.bool)
+        keep[order[: min(math.ceil(fraction * s.numel()), s.numel() - 1)]] = False
+        masks[name] = keep.reshape(s.shape)
     return _with_floor(graph, masks, scores) if graph else masks
 
 
@@ -230,6 +225,14 @@ def check_masks(graph, masks):
     if empty:
         raise ValueError(f"the masks keep no channel of {empty[0]!r}; keep at least one, or nothing passes the layer")
     return drop
+
+
+def fingerprint(masks):
+    """Six hex digits that tell these masks from any others."""
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(name.encode() + mask.cpu().numpy().tobytes())
+    return digest.hexdigest()[:6]
 
 
 def save_masks(masks, path):

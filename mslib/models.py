@@ -152,19 +152,25 @@ def vgg(depth=16, num_classes=10, width=1.0, in_channels=3):
 def network(name, num_classes=1000, weights=None):
     """torchvision's network `name`, such as "resnet50", with `num_classes` outputs; `weights` as torchvision names them.
 
-    Like torchvision.models.get_model, but `save` knows what it is, so that `load` needs nothing but the file.
-    Raises ValueError for an unknown name.
+    Like torchvision.models.get_model, but `save` knows what it is, so that `load` needs nothing but the file, and
+    without the auxiliary classifiers of GoogLeNet and Inception. Raises ValueError for an unknown name or weights.
     """
     from torchvision.models import get_model
 
+    options = {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
     try:
-        model = get_model(name, weights=weights)
+        model = get_model(name, weights=weights, **({} if weights else {"num_classes": num_classes}), **options)
     except ValueError as error:
         raise ValueError(f"unknown network {name!r}; torchvision.models.list_models() lists all ({error})") from None
-    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
-    if last and model.get_submodule(last[0]).out_features != num_classes:
-        parent, _, child = last[0].rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(last[0]).in_features, num_classes))
+    except KeyError:
+        raise ValueError(f"{name} has no weights {weights!r}; torchvision.models.get_model_weights({name!r}) lists all") from None
+    if hasattr(model, "aux_logits"):
+        model.aux_logits = False
+        model.aux1 = model.aux2 = model.AuxLogits = None
+    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1] if weights else ""
+    if last and model.get_submodule(last).out_features != num_classes:
+        parent, _, child = last.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(last).in_features, num_classes))
     model.recipe = {"network": "torchvision", "name": name, "num_classes": num_classes}
     return model
 
@@ -225,13 +231,13 @@ def resize(model, state, origin="the state"):
         elif isinstance(m, nn.Linear):
             m.out_features, m.in_features = shape
         if f"{name}.bias" in state and getattr(m, "bias", 0) is None:  # `prune` folded a constant into it
-            m.bias = nn.Parameter(torch.zeros_like(state[f"{name}.bias"]))
+            m.bias = nn.Parameter(torch.zeros_like(state[f"{name}.bias"], device=m.weight.device))
         for kind in (m._parameters, m._buffers):
             for key, old in kind.items():
                 new = state.get(f"{name}.{key}")
                 if old is not None and new is not None and old.shape != new.shape:
                     fresh = torch.empty(new.shape, dtype=old.dtype, device=old.device)
-                    kind[key] = nn.Parameter(fresh) if kind is m._parameters else fresh
+                    kind[key] = nn.Parameter(fresh, old.requires_grad) if kind is m._parameters else fresh
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import distributed, nn
 
 
@@ -19,6 +20,8 @@ def wrap(model, device):
     """`model`, or, among several processes, a wrapper that averages their gradients (DDP over NCCL or gloo)."""
     if world() == 1:
         return model
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)

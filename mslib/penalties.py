@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from .graph import ChannelGraph
-from .masks import check_masks
+from .masks import check_masks, fingerprint
 from .train import MOMENTUM, learning_rates
 
 
@@ -82,11 +82,12 @@ class HoldZero(Penalty):
             if weight is None or weight.shape != keep.shape:
                 shape = "no such layer" if weight is None else f"its weight is {list(weight.shape)}"
                 raise ValueError(f"mask for {name!r} has shape {list(keep.shape)}; {shape}")
-        self.weights = [(modules[name].weight, keep) for name, keep in masks.items()]
+        self.masks, self.weights = masks, [(modules[name].weight, keep) for name, keep in masks.items()]
         self.proximal_step(0)
 
     def __repr__(self):
-        return f"HoldZero({sum(int((~keep).sum()) for _, keep in self.weights)} weights)"
+        zeros = sum(int((~keep).sum()) for keep in self.masks.values())
+        return f"HoldZero({zeros} weights {fingerprint(self.masks)})"
 
     def __call__(self):
         return torch.zeros(())
@@ -106,12 +107,13 @@ class _GammaL1(Penalty):
             raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
         modules = dict(model.named_modules())
         self.strength, self.proximal = float(strength), proximal
-        self.channels = sum(int(c.sum()) for c in chosen.values())
+        self.chosen = chosen
         self.weights = [(modules[name].weight, c.to(modules[name].weight)) for name, c in chosen.items()]
 
     def __repr__(self):
         step = ", proximal" if self.proximal else ""
-        return f"{type(self).__name__}({self.channels} channels, strength={self.strength:g}{step})"
+        channels = sum(int(c.sum()) for c in self.chosen.values())
+        return f"{type(self).__name__}({channels} channels {fingerprint(self.chosen)}, strength={self.strength:g}{step})"
 
     def __call__(self):
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""

@@ -18,6 +18,7 @@ COLORS = {
     "baseline": "#555555", "dense": "#555555", "global": _palette[1], "masked": _palette[0], "proximal": _palette[4],
     "scratch": _palette[2], "published": "#111111", "kept": _palette[0], "dropped": _palette[3],
     "one-shot": _palette[5], "fixed": _palette[7], "greg-1": _palette[9], "greg-2": _palette[6],
+    "random": _palette[7], "uniform": _palette[8], "l1-norm": _palette[3], "flow": _palette[4],
     "length + curvature": _palette[8], "length": _palette[2], "curvature": _palette[9],
 }  # fmt: skip
 
@@ -36,9 +37,10 @@ def figure(title, width=8.0, height=3.4, columns=1, **kwargs):
 
 def images(split, classes, title, each=8):
     """`each` images of every class, a column a class."""
+    rows = [split.images[split.labels == c] for c in range(min(10, len(classes)))]
+    each, (h, w) = min(each, *map(len, rows)), split.images.shape[2:]
+    rows = [found[:each] for found in rows]
     fig, axes = figure(title, 8, 0.62 * each + 0.7)
-    h, w = split.images.shape[2:]
-    rows = [split.images[split.labels == c][:each] for c in range(min(10, len(classes)))]
     grid = torch.stack(rows).permute(1, 3, 0, 4, 2).reshape(each * h, len(rows) * w, 3)
     axes.imshow(grid, interpolation="nearest", aspect="auto")
     axes.set_xticks(np.arange(len(rows)) * w + w / 2 - 0.5, list(classes)[: len(rows)], rotation=30)
@@ -65,7 +67,7 @@ def curves(histories, title, columns=("loss", "val_top1")):
 
 def keep_flags(model, masks):
     """For every BatchNorm channel in the order of the network: 1 kept, 0 dropped, nan not in `masks` (float [channels])."""
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     return np.concatenate([masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan) for n, m in norms])
 
 
@@ -126,17 +128,17 @@ def trajectories(flows, title):
     axes[0].legend()
 
 
-def bars(table, title, value, unit, label="network", start=0):
-    """Horizontal bars of one column."""
+def bars(table, title, value, unit):
+    """Horizontal bars of one column, a bar a network."""
     fig, ax = figure(title, 8, 0.42 * len(table) + 1.2)
     y = np.arange(len(table))[::-1]
-    ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table[label]])
+    ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table.network])
     for yy, v in zip(y, table[value]):
         ax.annotate(f"{v:,.2f}", (v, yy), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(y, table[label])
+    ax.set_yticks(y, table.network)
     ax.grid(visible=False, axis="y")
     ax.set(xlabel=unit)
-    ax.set_xlim(start, table[value].max() + 0.1 * (table[value].max() - start))
+    ax.set_xlim(0, 1.1 * table[value].max())
 
 
 def groups(model, title):
@@ -152,16 +154,8 @@ def groups(model, title):
         ax.plot([column] * 2, [min(rows), max(rows)], color=ink, alpha=0.35, lw=5, solid_capstyle="round")
         for kind, (mark, word) in marks.items():
             ys = [layers.index(n) for n in getattr(g, kind)]
-            ax.scatter(
-                [column] * len(ys),
-                ys,
-                marker=mark,
-                s=34,
-                color=ink,
-                edgecolor="white",
-                zorder=3,
-                label=word if column == 0 else None,
-            )
+            style = dict(marker=mark, s=34, color=ink, edgecolor="white", zorder=3)
+            ax.scatter([column] * len(ys), ys, **style, label=word if column == 0 else None)
     ax.set_yticks(range(len(layers)), layers, fontsize=7)
     ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
     ax.set(xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)")

@@ -23,7 +23,8 @@ def prune(model, masks, example=None, fold_bias=False):
     exactly but for the padded border of the image, where the next convolution saw zeros instead. Not in the papers.
     What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
 
-    example: float [N, C, H, W]; when given, both networks run on it and the result is refused if they differ.
+    example: float [N, C, H, W]; when given, the cut (without what is folded) and the masked network run on it, and it is
+    refused if they differ.
 
     Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no channel, or ask for
     channels that cannot be cut safely (with the reason), and for networks that cannot be traced.
@@ -47,7 +48,7 @@ def prune(model, masks, example=None, fold_bias=False):
         state[f"{name}.source"] = place.to(source.device)[source[~drop[written].to(source.device)]]
     resize(small, state)
     if example is not None:
-        _verify(small, zero_masked(model, masks), example, fold_bias)
+        _verify(prune(model, masks) if fold_bias else small, zero_masked(model, masks), example)
     return small
 
 
@@ -96,18 +97,21 @@ def zero_masked(model, masks, keep_bias=False):
     drop = check_masks(graph, masks)
     for name, ids in graph.norms.items():
         norm = graph.modules[name]
+        if not drop[ids].any():  # also one without γ
+            continue
         norm.weight[drop[ids].to(norm.weight.device)] = 0
         norm.bias[(drop[ids] & (graph.gated[ids] if keep_bias else True)).to(norm.bias.device)] = 0
     return zeroed
 
 
-def _verify(small, zeroed, example, fold_bias):
+def _verify(small, zeroed, example):
+    """Refuse the cut if it computes anything else; both are run in evaluation mode and left in their own."""
     example = example.to(next(small.parameters()).device)
-    modes = small.training, zeroed.training
-    small.eval(), zeroed.eval()
-    a, b = small(example), zeroed(example)
-    small.train(modes[0])
-    if a.shape != b.shape or not (fold_bias or torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))):
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        a, b = (copy.deepcopy(network).eval()(example) for network in (small, zeroed))
+    if not b.isfinite().all():
+        raise ValueError("the network's outputs on the example are not finite, before any cut: it has diverged; train it with a smaller lr")
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())):
         raise ValueError(
             f"the pruned network differs from the masked one by {float((a - b).abs().max()):.3g} on the example: "
             "its forward does something with channels that tracing did not show; please report the network"

@@ -51,7 +51,8 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
                     progress.update(f"{name}: failed: {failed[name]}", keep=True)
                 else:
                     found = course.stage(lesson, points[name])
-                    progress.update(f"{name}: {found.rows.name.iloc[-1]} {found.rows.top1.iloc[-1]:.2f} %", keep=True)
+                    measured = "".join(f": {row['name']} {row['top1']:.2f} %" for row in found.metrics["rows"][-1:])
+                    progress.update(f"{name}: done{measured}", keep=True)
             write_table(lesson, points, settings, path)
             left = (time.monotonic() - began) / done * (total - done) / 60
             progress.update(f"{done} of {total} runs, about {left:.0f} minutes left", keep=True)
@@ -60,17 +61,16 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
 
 
 def write_table(lesson, points, settings, path):
-    """Write the CSV: a row a finished point with its settings, its last network, and every number of its metrics.json."""
+    """Write the CSV: a row a finished point: its settings, its last network, every number and text of its metrics.json."""
     rows = []
     for name, cfg in points.items():
         found = course.stage(lesson, cfg)
         if found.finished:
             metrics = found.metrics
-            numbers = {k: v for k, v in metrics.items() if isinstance(v, float) and k not in settings}
-            rows.append(
-                {k: getattr(cfg, k) for k in settings} | {"network": metrics["rows"][-1].pop("name"), **metrics["rows"][-1]}
-                | numbers | {"minutes": round(found.minutes, 2)} | {k: metrics[k] for k in ("date", "hardware", "torch")}
-            )  # fmt: skip
+            row = {k: v for k, v in cfg.up_to(int(lesson[:2])).items() if k in settings} | {"minutes": round(found.minutes, 2)}
+            if metrics["rows"]:
+                row |= {"network": metrics["rows"][-1].pop("name"), **metrics["rows"][-1]}
+            rows.append(row | {k: v for k, v in metrics.items() if isinstance(v, (float, str)) and k not in row | {"python": ""}})
     with replacing(path) as beside:
         pd.DataFrame(rows).to_csv(beside, index=False)
 

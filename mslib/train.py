@@ -1,8 +1,10 @@
 """The only training loop: every lesson's training, with or without a penalty, is one call of `fit`."""
 
+import copy
 import itertools
 import math
 import os
+import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,7 +49,7 @@ def fit(
 
     `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
     Under torchrun (`torchrun --nproc_per_node=2 script.py`) each process takes its share of every batch, and all end
-    with the same weights as one process would: exactly with `frozen_statistics`, which leaves the means and variances
+    with the same weights as one process would, if they began with the same: exactly with `frozen_statistics`, which leaves the means and variances
     of BatchNorms as they are; else each BatchNorm sees its own process's share of the batch, as is usual.
     `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
     `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
@@ -66,7 +68,7 @@ def fit(
     if batch_size % parallel.world():
         raise ValueError(f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple")
     device = pick_device(device)
-    precision = pick_precision(precision, device)
+    precision = pick_precision(precision, device, model, data)
     layout = pick_layout(model, device, precision)
     model.to(device, memory_format=layout)
     train, val = (split.to(device) if isinstance(split, Split) else split for split in (data.train, data.val))
@@ -75,11 +77,11 @@ def fit(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
 
     progress = Progress(Path(run).name if run else "fit")
-    start, history, gammas, before = 0, [], [all_gammas(model)], 0.0
+    start, history, gammas, seconds = 0, [], [all_gammas(model)], 0.0
     if run is not None:
         run = Run(run, {
             "epochs": epochs, "lr": lr, "batch_size": batch_size, "schedule": schedule, "weight_decay": weight_decay,
-            "penalty": repr(penalty) if penalty else None, "seed": seed, "data": data.fingerprint,
+            "penalty": re.sub(r" at 0x\w+", "", repr(penalty)) if penalty else None, "seed": seed, "data": data.fingerprint,
             **({"frozen_statistics": True} if frozen_statistics else {}),
             "weights_l1": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
         })  # fmt: skip
@@ -96,15 +98,14 @@ def fit(
         if state := run.latest():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            start, history, gammas, before = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
+            start, history, gammas, seconds = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
             _optional(penalty, "load_state_dict")(state["penalty"])
 
-    began, wrapped = time.monotonic(), parallel.wrap(model, device)
+    began, wrapped = time.monotonic() - seconds, parallel.wrap(model, device)
     for epoch in range(start, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
-        if not isinstance(train, Split):  # what draws in a DataLoader
-            torch.manual_seed(seed * 100_003 + epoch)
-            getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(epoch)
+        torch.manual_seed(seed * 100_003 + epoch)  # for what draws in a network or a DataLoader
+        getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(seed * 100_003 + epoch)
         model.train()
         if frozen_statistics:
             for m in model.modules():
@@ -121,7 +122,7 @@ def fit(
             "epoch": epoch + 1, "lr": rates[(epoch + 1) * steps - 1], "loss": loss, "penalty": extra, "val_top1": evaluate(model, val, precision=precision),
             "gamma_median": float(gammas[-1].float().median()), "gamma_below": float((gammas[-1] < 0.01).float().mean()),
         })  # fmt: skip
-        row, seconds = history[-1], before + time.monotonic() - began
+        row, seconds = history[-1], time.monotonic() - began
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}")
         if run and not parallel.rank():
@@ -164,7 +165,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
             total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
             if i % 10 == 0:
                 show(i)
-    return float(parallel.mean(total)) / len(rates), float(total_penalty) / len(rates)
+    return tuple(float(parallel.mean(t)) / len(rates) for t in (total, total_penalty))
 
 
 def _optional(penalty, name):
@@ -187,9 +188,10 @@ def evaluate(model, split, batch_size=500, precision="fp32"):
 
 
 def recalibrate(model, split, images=2000, batch_size=128, seed=0):
-    """Estimate mean and variance of every BatchNorm anew on `images` augmented images of `split`, or of a loader's batches; in place, returns `model`.
+    """Estimate mean and variance of every BatchNorm anew on `images` augmented images; in place, returns `model`.
 
-    After a cut the statistics are still those of the full network. No weight changes and no label is used.
+    `split`: they are drawn from it by `seed`, or, if it is an iterable of batches, taken as it gives them, `images` //
+    `batch_size` of its batches. After a cut the statistics are still those of the full network. No weight changes and no label is used.
     """
     device = next(model.parameters()).device
     if isinstance(split, Split):
@@ -203,7 +205,7 @@ def recalibrate(model, split, images=2000, batch_size=128, seed=0):
 
 def all_gammas(model):
     """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
-    gammas = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    gammas = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()
 
 
@@ -212,19 +214,29 @@ def autocast(device, precision):
 
 
 def pick_device(device="auto"):
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if parallel.world() > 1 else "cuda"
-    return torch.device((own if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto":  # a GPU for each process of this machine, or the CPU for all
+        enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if enough and torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
-def pick_precision(precision, device):
-    """Resolve "auto": bf16 on a GPU or CPU with bf16 arithmetic (AVX-512 BF16, AMX), fp32 elsewhere."""
+def pick_precision(precision, device, model, data):
+    """Resolve "auto": bf16 on a GPU or CPU with bf16 arithmetic (AVX-512 BF16, AMX), fp32 elsewhere, and on a CPU where
+    a strided convolution reads a map of one pixel: torch's bf16 gradients hold rubbish there (seen in 2.15)."""
     if precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"unknown precision {precision!r}; known: auto, bf16, fp32")
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return "fp32"
+    clone, rubbish = copy.deepcopy(model).to("meta").eval(), []
+    for m in clone.modules():
+        if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
+            m.register_forward_pre_hook(lambda _, x: rubbish.append(1) if min(x[0].shape[2:]) == 1 else None)
+    clone(data.example.to("meta"))
+    return "fp32" if rubbish else "bf16"
 
 
 def pick_layout(model, device, precision):

@@ -1,12 +1,14 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is exact on the CPU; set it to a GPU's number to try one
 
-import mslib as ms
-from mslib.data import Data, Split
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import mslib as ms  # noqa: E402
+from mslib.data import Data, Split  # noqa: E402
 
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 

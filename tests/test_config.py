@@ -114,7 +114,7 @@ def test_published_results_are_complete_and_agree_with_themselves():
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():
     cfg = ms.config("quick")
-    told = "\n".join(cfg.describe(n) for n in range(1, 9))
+    told = "\n".join(cfg.describe(n) for n in range(1, 10))
     for name in cfg.up_to(99):
         assert f"\n{name} " in "\n" + told
     assert set(course.NEEDS) >= {"01_baseline", "05_finetune"}

@@ -25,6 +25,9 @@ TINY = dict(
     finetune_epochs=1,
     global_strength=0.02,
     masked_strength=0.05,
+    own_epochs=1,
+    own_sparse_epochs=1,
+    own_finetune_epochs=1,
 )
 
 
@@ -66,7 +69,8 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished):
         row = board.set_index("network").loc[name]
         assert f"{row['top-1 %']:.2f}" in done.stdout and name in done.stdout
         assert row["MACs left %"] <= (100 if name in ("baseline", "dense, trained on as long") else 50)
-    assert {"GReg-2: fine-tuned", "feature flow, by stage: fine-tuned"} <= set(board.network)
+    assert {"GReg-2: fine-tuned", "feature flow, by stage: fine-tuned", "resnet18: pruned, fine-tuned"} <= set(board.network)
+    assert board.set_index("network")["MACs left %"]["resnet18: baseline"] == 100  # of its own
     assert ms.stage("05_finetune", cfg).rows.epochs.unique().tolist() == [4]
 
 

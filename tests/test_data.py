@@ -72,6 +72,12 @@ def test_val_folder_serves_as_test_and_hidden_files_are_passed_over(folder):
     (folder / "train" / "cat" / ".DS_Store").write_bytes(b"junk")
     (folder / "README.txt").write_text("about these images")
     assert len(ms.load_data(folder).test) == 6
+    (folder / "test").mkdir()
+    for name in ("cat", "dog"):  # where both are there, test/ is the test set
+        (folder / "test" / name).mkdir()
+        image = sorted((folder / "val" / name).iterdir())[0]
+        image.rename(folder / "test" / name / image.name)
+    assert len(ms.load_data(folder).test) == 2
 
 
 def test_grey_palette_and_alpha_images_become_rgb(folder):
@@ -161,6 +167,7 @@ def test_cifar_through_torchvision(monkeypatch):
     data = ms.load_data("cifar10")
     assert data.input_shape == (3, 32, 32) and len(data.test) == 10
     assert data.test.images[0, :, 0, 1].tolist() == [3, 4, 5]  # channels first
+    assert ms.load_data("cifar10", image_size=16).train.images.shape == (18, 3, 16, 16)
 
     def offline(*args, **kwargs):
         raise RuntimeError("no route to host")

@@ -69,6 +69,10 @@ def test_network_is_torchvisions_with_other_outputs():
     assert isinstance(model, torchvision.models.MobileNetV2) and model.classifier[1].out_features == 3
     with pytest.raises(ValueError, match="unknown network 'resnet19'; torchvision.models.list_models"):
         ms.network("resnet19")
+    with pytest.raises(ValueError, match="resnet18 has no weights 'IMAGENET'"):
+        ms.network("resnet18", weights="IMAGENET")
+    for name in ("squeezenet1_1", "googlenet"):  # one without a linear layer, one with auxiliary classifiers
+        assert ms.network(name, 3)(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 
 
 def test_a_tampered_file_is_refused(pruned, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,25 @@ def test_fit_from_a_folder(folder, workers, tmp_path):
     assert not torch.equal(ms.recalibrate(model, data.train, images=60, batch_size=30).bn.running_mean, mean)
 
 
-def test_a_folder_without_images_is_named(tmp_path):
+def test_bad_folders_and_crops_are_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="crop=8: the smallest share of the area"):
+        ms.load_folder(folder, crop=8)
+    shutil.copytree(folder, tmp_path / "apart")
+    (tmp_path / "apart" / "test" / CLASSES[0]).rename(tmp_path / "apart" / "test" / "thing")
+    with pytest.raises(ValueError, match="must hold the same classes; '.*' is in one of them only"):
+        ms.load_folder(tmp_path / "apart")
     with pytest.raises(FileNotFoundError, match="nowhere does not hold train/<class>"):
         ms.load_folder(tmp_path / "nowhere")
+
+
+def test_the_imagenet_script_prunes_a_folder_in_two_processes(tmp_path):
+    folder = ms.image_folder("shapes", tmp_path / "images", 32, (200, 40))
+    small = "--network resnet18 --weights= --size 32 --batch_size 20 --epochs 1 --finetune_epochs 1 --workers 0".split()
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [str(ROOT / "notebooks" / "imagenet.py"), str(folder), "--runs", str(tmp_path / "runs"), *small]
+    done = subprocess.run(runner + words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    example = torch.zeros(1, 3, 32, 32)
+    pruned, whole = (ms.cost(ms.load(tmp_path / "runs" / name / "model.pt"), example) for name in ("finetune", "masked"))
+    assert pruned.macs <= (1 - 0.5107) * whole.macs
+    assert done.stdout.count(str(pruned)) == 1  # the first process speaks

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch_pruning as tp
@@ -114,6 +116,18 @@ def test_fold_bias_is_exact_in_the_middle_of_a_large_image(residual):
     assert float((seen["plain"][middle] - full).abs().max()) > 1e-2 * float(full.abs().max())
 
 
+def test_a_cut_that_differs_on_the_example_is_refused(monkeypatch):
+    model, x = lively(ms.resnet(8)), torch.randn(2, 3, 32, 32)
+    monkeypatch.setattr(sys.modules["mslib.prune"], "zero_masked", lambda model, masks: model)
+    for fold in (False, True):
+        with pytest.raises(ValueError, match="the pruned network differs from the masked one by"):
+            ms.prune(model, {"stage1.0.bn1": torch.arange(16) < 4}, x, fold_bias=fold)
+    with torch.no_grad():
+        model.fc.bias += torch.inf
+    with pytest.raises(ValueError, match="not finite, before any cut"):
+        ms.prune(model, {"stage1.0.bn1": torch.arange(16) < 4}, x)
+
+
 def test_original_is_untouched_and_small_trains():
     model = lively(ms.resnet(8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -188,6 +202,21 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(how, reason):
         ms.masks_for_macs(model, torch.zeros(1, 3, 8, 8), 0.5)
 
 
+@pytest.mark.parametrize("norm", [dict(affine=False), dict(track_running_stats=False)])
+def test_norms_without_gammas_or_statistics_stay_whole(norm):
+    class Network(nn.Sequential):
+        def __init__(self):
+            bare, full = nn.BatchNorm2d(8, **norm), nn.BatchNorm2d(8)
+            super().__init__(nn.Conv2d(3, 8, 3), bare, nn.Conv2d(8, 8, 3), full, nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    model, x = Network().eval(), torch.randn(2, 3, 12, 12)
+    nn.init.uniform_(model[3].weight, 0.1, 1)
+    masks = ms.masks_for_ratio(model, 0.5, ms.gammas(model))
+    assert list(masks) == ["3"] and "has no" in ms.channel_groups(model)[0].reason
+    assert ms.prune(model, masks, x, fold_bias=True)[2].out_channels == 4
+    ms.outgoing_norms(model), ms.weight_norms(model, scaled=True)
+
+
 def test_untraceable_network():
     class Branching(nn.Module):
         def forward(self, x):
@@ -224,7 +253,7 @@ def test_groups_print_as_a_table_and_know_their_macs():
     assert inner.macs == 16**2 * 128 * (64 + 9 * 4)  # all of the layer that writes them, and of the grouped one that reads them
     table = groups.table()
     assert len(table) == len(groups) and table.free.iloc[-1] == "it is an output of the network" and (table.free[:-1] == "yes").all()
-    text, page = str(groups), groups._repr_html_()
+    text, page = repr(groups), groups._repr_html_()
     for word in ("scaled by", "layer4.2.bn2", "and 2 more", "it is an output of the network", f"{inner.macs / 1e6:.2f}"):
         assert word in text and word in page, word
     assert "M MACs" not in str(ms.channel_groups(model))

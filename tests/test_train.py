@@ -13,7 +13,7 @@ import torch
 import mslib as ms
 from mslib.data import batches
 from mslib.files import read_tensors
-from mslib.train import pick_layout
+from mslib.train import pick_layout, pick_precision
 
 from .conftest import tiny_data
 
@@ -90,6 +90,47 @@ def test_a_finished_run_is_loaded_not_repeated(data, tmp_path, monkeypatch):
     monkeypatch.setattr("mslib.train.batches", None)  # any step would fail
     pd.testing.assert_frame_equal(ms.fit(again, data, **FAST, run=tmp_path / "run"), history)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_run_stopped_after_its_last_checkpoint_ends(data, tmp_path, monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        return ms.resnet(8)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr("mslib.train.save", full)
+        ms.fit(network(), data, **FAST, run=tmp_path / "run")
+    assert ms.fit(network(), data, **FAST, run=tmp_path / "run").epoch.tolist() == [1, 2]
+    assert (tmp_path / "run" / "history.json").exists()
+
+
+def test_the_seed_decides_on_dropout_too(data):
+    def train(drawn):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 20), torch.nn.Dropout(), torch.nn.Linear(20, 10))
+        torch.rand(drawn)
+        return ms.fit(model, data, **FAST).loss.tolist()
+
+    assert train(0) == train(5)
+
+
+def test_a_penalty_is_known_by_its_masks_and_a_function_by_its_name(data, tmp_path):
+    def fit(penalty, name):
+        torch.manual_seed(0)
+        model = ms.resnet(8)
+        return ms.fit(model, data, **FAST, penalty=penalty(model), run=tmp_path / name)
+
+    def of(start):
+        return lambda model: ms.MaskedL1(model, {"stage3.0.bn1": (torch.arange(64) - start) % 64 < 32}, 1e-3)
+
+    fit(of(0), "masked")
+    with pytest.raises(ValueError, match="other settings: penalty="):
+        fit(of(8), "masked")  # as many channels, but others
+    for _ in range(2):
+        fit(lambda model: lambda: model.fc.weight.norm(), "function")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +257,16 @@ def test_layout_goes_by_widths_precision_and_device():
     assert pick_layout(odd, cpu, "bf16") is torch.contiguous_format
     for model, device, precision in ((odd, cpu, "fp32"), (odd, gpu, "bf16"), (ms.resnet(8), cpu, "bf16")):
         assert pick_layout(model, device, precision) is torch.channels_last
+
+
+def test_no_bf16_where_a_strided_convolution_reads_one_pixel(data):
+    """There the gradient of the weights that only see padding is whatever lay in memory; it should be zero."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 8), torch.nn.Conv2d(64, 64, 3, 2, 1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    before = model[1].weight.detach().clone()
+    ms.fit(model, data, epochs=1, lr=0.01, batch_size=16, weight_decay=0, device="cpu")
+    moved = (model[1].weight - before).abs().amax((0, 1))
+    assert moved[1, 1] > 0 and moved[0].max() == 0
+    assert pick_precision("auto", torch.device("cpu"), model, data) == "fp32"
 
 
 def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
