@@ -5,10 +5,10 @@ import re
 import tomllib
 
 from . import course
-from .files import ROOT, replacing
+from .files import ROOT, read_json, replacing
 
 PLACES = r"(github\.com/|/github/|/v2/gh/)[\w.-]+/[\w.-]+?(?=(\.git)?[/\s\"')\]\\]|$)"
-RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
+SECTION = re.compile(r"(<!-- (results|bench) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
 def address():
@@ -45,14 +45,23 @@ def results():
     )
 
 
+def benchmarks():
+    """The README's table of `make bench`, in Markdown, from data/reference/bench.json."""
+    found = read_json(course.REFERENCE / "bench.json")
+    lines = ["| measured | here | against | ratio |", "| --- | ---: | --- | ---: |"]
+    for row in found["rows"]:
+        lines.append(f"| {row['what']} | {row['ours']:.3g} {row['unit']} | {row['theirs']:.3g}, {row['theirs_is']} | {row['ratio']:.2f} |")
+    where = f"{found['date']}, {found['hardware']}, {found['threads']} threads, torch {found['torch']}"
+    return "\n".join(lines) + f"\n\n`make bench`, {where}; [as JSON](data/reference/bench.json).\n"
+
+
 def stamp():
     """Write the address of pyproject.toml everywhere and the results into README; returns the files that changed."""
     changed = []
     for path in _files():
         text = path.read_text()
         new = re.sub(PLACES, lambda m: m.group(1) + address(), text)
-        if RESULTS.search(new):
-            new = RESULTS.sub(lambda m: results(), new)
+        new = SECTION.sub(lambda m: m.group(1) + {"results": results, "bench": benchmarks}[m.group(2)]() + m.group(4), new)
         if new != text:
             with replacing(path) as beside:
                 beside.write_text(new)
