@@ -113,7 +113,8 @@ class _GammaL1(Penalty):
     def __repr__(self):
         step = ", proximal" if self.proximal else ""
         channels = sum(int(c.sum()) for c in self.chosen.values())
-        return f"{type(self).__name__}({channels} channels {fingerprint(self.chosen)}, strength={self.strength:g}{step})"
+        which = "" if all(c.all() for c in self.chosen.values()) else f" {fingerprint(self.chosen)}"
+        return f"{type(self).__name__}({channels} channels{which}, strength={self.strength:g}{step})"
 
     def __call__(self):
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
