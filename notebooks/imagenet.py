@@ -3,9 +3,10 @@
     python imagenet.py FOLDER                                # FOLDER: train/<class>/*, val/<class>/*
     torchrun --nproc_per_node=8 imagenet.py FOLDER           # eight GPUs of one machine share every batch
 
-The defaults are the released settings of ResNet-50 with 51.07 % fewer FLOPs (arXiv 2201.06776), but for four things: the
+The defaults are the released settings of ResNet-50 with 51.07 % fewer FLOPs (arXiv 2201.06776), but for five things: the
 learning rate falls after half and three quarters of a phase, not after 30, 60 and 90 epochs; the mask is taken for a
-number of MACs, not at |γ| < 0.01; one image of a hundred is held out; training starts from torchvision's weights.
+number of MACs, not at |γ| < 0.01; one image of a hundred is held out; training starts from torchvision's weights;
+images are scaled as everywhere in mslib, which those weights must get used to.
 Stop it at any time: the same command goes on from the last finished epoch.
 """
 
@@ -38,7 +39,7 @@ def main():
         return ms.network(o.network, len(data.classes), o.weights or None)
 
     model = trained()  # lesson 02: every γ under the penalty, for the mask
-    ms.fit(model, data, epochs=o.epochs, lr=o.lr, penalty=ms.GlobalL1(model, o.strength), run=runs / "global", **common)
+    ms.fit(model, data, epochs=o.epochs, lr=o.lr, penalty=ms.GlobalL1(model, o.strength, residual=True), run=runs / "global", **common)
     masks = ms.masks_for_macs(model, data.example, o.reduction, residual=True, round_to=8)
 
     model = trained()  # lesson 03: back to the start, the penalty on what goes only
