@@ -10,8 +10,7 @@ run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
 
 test: .venv/ready-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
-	MSLIB_PRESET=quick $(BIN)/python -m pytest -q --nbval -p no:cacheprovider notebooks
+	MSLIB_PRESET=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -p no:cacheprovider --nbval notebooks tests
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb

@@ -8,6 +8,7 @@ import time
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 
 from .cost import cost, latency
@@ -19,7 +20,7 @@ from .masks import masks_for_macs
 from .models import resnet
 from .prune import prune
 from .runs import environment
-from .train import fit
+from .train import fit, pick_device, pick_precision
 
 
 def bench(path, depth=56, images=1280, rounds=3, seconds=1.0, size=224, say=print):
@@ -29,7 +30,8 @@ def bench(path, depth=56, images=1280, rounds=3, seconds=1.0, size=224, say=prin
     latency; `size`: of the ImageNet-style images. A ratio above 1 says that ours is that many times better.
     """
     rows = []
-    for row in itertools.chain(training(depth, images, rounds), speed_up(depth, rounds, seconds), surgery(rounds, size)):
+    on_a_gpu = captured(depth) if torch.cuda.is_available() else ()
+    for row in itertools.chain(training(depth, images, rounds), on_a_gpu, speed_up(depth, rounds, seconds), surgery(rounds, size)):
         rows.append(row)
         say("{what}: {ours:.4g} {unit}; {theirs_is}: {theirs:.4g}; ratio {ratio:.2f}".format(**row))
     write_json(path, {"rows": rows} | environment())
@@ -89,6 +91,39 @@ def training(depth, images, rounds):
             best[name] = max(best[name], seen / (time.perf_counter() - began))
     other = "textbook loop (DataLoader, PIL transforms, fp32, default layout)"
     yield _row(f"training ResNet-{depth}, batch 128", "images/s", best["fit"], best["textbook"], other)
+
+
+def captured(depth, images=50_000, capture=True):
+    """Seconds of an epoch of `fit`, the network's pass captured and warm, against what moving its data alone would take.
+
+    That bound: each convolution reads its input and writes its output; going back, it reads both again and writes one
+    gradient; at the speed at which this device copies.
+    """
+    pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
+    split = Split(pixels, torch.arange(images) % 10)
+    data, model, moved, device = Data("bench", split, split.subset(range(10)), split, tuple("0123456789")), resnet(depth), [], pick_device()
+    bf16 = pick_precision("auto", device, model, data) == "bf16"
+    twin = copy.deepcopy(model)
+    for m in twin.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda _, x, out: moved.append((3 * x[0].numel() + 2 * out.numel()) * (2 if bf16 else 4)))
+    twin(data.example)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    copying = Timer("block.clone()", globals={"block": block}).blocked_autorange(min_run_time=0.5).median
+    times = []
+
+    def clock():
+        return torch.zeros((), device=device)
+
+    def tick(iteration):
+        if iteration % (images // 128) == 0:
+            torch.cuda.synchronize() if device.type == "cuda" else None
+            times.append(time.perf_counter())
+
+    clock.step = tick
+    fit(model, data, epochs=3, lr=0.01, penalty=clock, capture=capture)
+    bound = images * sum(moved) / (2 * len(block) / copying)
+    yield _row(f"one epoch of {images:,} images, ResNet-{depth}", "s", times[2] - times[1], bound, "the bound of memory bandwidth", True)
 
 
 # ---- inference -----------------------------------------------------------------------------------------------------

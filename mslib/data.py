@@ -73,21 +73,33 @@ def normalize(images):
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(120.0).div_(64.0)
 
 
-def augment(images, generator):
-    """Random crop after padding by an eighth of the side (4 pixels for 32×32), random mirror: one draw an image.
+def augment(images, draws):
+    """Random crop after padding by an eighth of the side (4 pixels for 32×32), random mirror.
 
-    `images`: uint8 [N, C, H, W]. The random numbers come from `generator`, a CPU generator, on every device alike.
+    `images`: uint8 [N, C, H, W]. `draws`: int64 [3, N] on their device, from `draw`.
     """
     n, c, h, w = images.shape
-    pad = max(1, h // 8)
+    pad = _pad(h)
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    top, left = (torch.randint(2 * pad + 1, (2, n, 1), generator=generator)).to(images.device)
-    mirror = (torch.rand(n, 1, generator=generator) < 0.5).to(images.device)
+    top, left, mirror = draws[:, :, None]
     rows = top + torch.arange(h, device=images.device)  # [N, H]
     columns = torch.arange(w, device=images.device).expand(n, w)
-    columns = left + torch.where(mirror, w - 1 - columns, columns)  # [N, W]
+    columns = left + torch.where(mirror > 0, w - 1 - columns, columns)  # [N, W]
     batch = torch.arange(n, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def draw(n, height, generator):
+    """What `augment` needs for `n` images of `height` pixels: offset from the top, from the left, mirrored; int64 [3, n].
+
+    From a CPU generator, so that every device sees the same images.
+    """
+    offsets = torch.randint(2 * _pad(height) + 1, (2, n, 1), generator=generator)
+    return torch.cat([offsets[..., 0], (torch.rand(1, n, generator=generator) < 0.5).long()])
+
+
+def _pad(height):
+    return max(1, height // 8)
 
 
 def batches(split, size, generator=None, share=(0, 1)):
@@ -103,10 +115,13 @@ def batches(split, size, generator=None, share=(0, 1)):
         for i in range(0, len(split), size):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]
         return
-    order, mine = torch.randperm(len(split), generator=generator).to(split.labels.device), slice(share[0], None, share[1])
-    for i in range(steps_per_epoch(split, size)):
+    device, mine = split.labels.device, slice(share[0], None, share[1])
+    order, steps = torch.randperm(len(split), generator=generator).to(device), range(steps_per_epoch(split, size))
+    # an epoch's draws go to the device at once: nothing waits for it between the batches
+    draws = torch.stack([draw(min(size, len(split)), split.images.shape[2], generator) for _ in steps]).to(device)
+    for i in steps:
         index = order[i * size : (i + 1) * size]
-        yield normalize(augment(split.images[index], generator)[mine]), split.labels[index][mine]
+        yield normalize(augment(split.images[index], draws[i])[mine]), split.labels[index][mine]
 
 
 def steps_per_epoch(split, size):

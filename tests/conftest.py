@@ -13,6 +13,15 @@ from mslib.data import Data, Split  # noqa: E402
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What a process of `-n 2 --dist loadgroup` takes as a whole: a file of tests, or the lessons that build on each other."""
+    for item in items:
+        name = item.path.stem
+        alone = item.path.suffix != ".ipynb" or name[:2] in ("00", "09")
+        item.add_marker(pytest.mark.xdist_group(name if alone else "course"))
+
+
 @pytest.fixture
 def data():
     """Small drawn images in which a tiny network can learn something."""

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import mslib as ms
-from mslib.data import augment, batches
+from mslib.data import augment, batches, draw
 from mslib.shapes import CLASSES, draw_shapes
 
 
@@ -179,12 +179,12 @@ def test_cifar_through_torchvision(monkeypatch):
 
 def test_augmented_images_are_crops_and_mirrors():
     images = torch.arange(5 * 3 * 8 * 8).reshape(5, 3, 8, 8).remainder(251).to(torch.uint8)
-    out = augment(images, torch.Generator().manual_seed(1))
+    out = augment(images, draw(5, 8, torch.Generator().manual_seed(1)))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     for i in range(5):
         crops = [padded[i, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
         assert any(torch.equal(out[i], c) or torch.equal(out[i], c.flip(2)) for c in crops)
-    assert not torch.equal(out, augment(images, torch.Generator().manual_seed(2)))
+    assert not torch.equal(out, augment(images, draw(5, 8, torch.Generator().manual_seed(2))))
 
 
 def test_batches():

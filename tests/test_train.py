@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,20 @@ def test_a_penalty_may_have_a_step(data):
 
     ms.fit(ms.resnet(8), data, **FAST, penalty=Counting())
     assert seen == list(range(2 * (180 // 16)))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_captured_step_learns_the_same(data, monkeypatch):
+    histories, captured, compiling = [], [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: captured.append(model) or compiling(model, **how))
+    for capture in ("0", "1"):
+        assert not captured
+        monkeypatch.setenv("MSLIB_CAPTURE", capture)
+        torch.manual_seed(0)
+        model = ms.resnet(14)
+        histories.append(ms.fit(model, data, **FAST, penalty=ms.FeatureFlow(model, 1.0)))  # whose hooks see the network's inside
+    assert captured == [model] and histories[1].penalty.min() > 0.1
+    pd.testing.assert_frame_equal(histories[0].drop(columns="val_top1"), histories[1].drop(columns="val_top1"), rtol=1e-2)
 
 
 def test_layout_goes_by_widths_precision_and_device():
