@@ -140,8 +140,9 @@ def notebook_config(scope):
 def _check(cfg):
     if not isinstance(cfg.runs, str):
         raise ValueError(f"runs={cfg.runs!r}: expected the name of a folder, for example 'runs'")
+    usual = Config()
     for f in _settings():
-        value, default, (low, high, known) = getattr(cfg, f.name), getattr(Config(), f.name), map(f.metadata.get, ("low", "high", "known"))
+        value, default, (low, high, known) = getattr(cfg, f.name), getattr(usual, f.name), map(f.metadata.get, ("low", "high", "known"))
         kinds = {int: int, float: (int, float), str: str, bool: bool, dict: dict, type(None): (int, type(None))}[type(default)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
             kind, such = ("whole number", 32) if default is None else (type(default).__name__, default)

@@ -208,16 +208,18 @@ def evaluate(model, split, batch_size=500, precision="fp32"):
 def recalibrate(model, split, images=2000, batch_size=128, seed=0):
     """Estimate mean and variance of every BatchNorm anew on `images` augmented images; in place, returns `model`.
 
-    `split`: they are drawn from it by `seed`, or, if it is an iterable of batches, taken as it gives them, `images` //
-    `batch_size` of its batches. After a cut the statistics are still those of the full network. No weight changes and no label is used.
+    `split`: they are drawn from it by `seed`, or, if it is an iterable of batches, taken as it gives them after
+    `torch.manual_seed(seed)`, `images` // `batch_size` of its batches. After a cut the statistics are still those of the full network. No weight changes and no label is used.
     """
     device = next(model.parameters()).device
-    if isinstance(split, Split):
-        few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]).to(device)
-        loader = batches(few, min(batch_size, len(few)), torch.Generator().manual_seed(seed))
-    else:
-        loader = itertools.islice(split, max(1, images // batch_size))
-    torch.optim.swa_utils.update_bn(loader, model, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(split, Split):
+            few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]).to(device)
+            loader = batches(few, min(batch_size, len(few)), torch.Generator().manual_seed(seed))
+        else:
+            loader = itertools.islice(split, max(1, images // batch_size))
+        torch.optim.swa_utils.update_bn(loader, model, device)
     return model
 
 

@@ -6,6 +6,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is exact on 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
+from xdist.scheduler import LoadFileScheduling  # noqa: E402
 
 import mslib as ms  # noqa: E402
 from mslib.data import Data, Split  # noqa: E402
@@ -13,13 +14,16 @@ from mslib.data import Data, Split  # noqa: E402
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """What a process of `-n 2 --dist loadgroup` takes as a whole: a file of tests, or the lessons that build on each other."""
-    for item in items:
-        name = item.path.stem
-        alone = item.path.suffix != ".ipynb" or name[:2] in ("00", "09")
-        item.add_marker(pytest.mark.xdist_group(name if alone else "course"))
+class ByFile(LoadFileScheduling):
+    """What a process of `pytest -n 2` takes as a whole: a file of tests, or all lessons that build on each other."""
+
+    def _split_scope(self, nodeid):
+        alone = nodeid.startswith("tests/") or nodeid.startswith(("notebooks/00", "notebooks/09"))
+        return super()._split_scope(nodeid) if alone else "course"
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mslib as ms
-from mslib.data import batches
+from mslib.data import batches, normalize
 from mslib.files import read_tensors
 from mslib.train import pick_layout, pick_precision
 
@@ -297,3 +297,14 @@ def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), spoiled.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights))
     assert float(model.bn.running_var.min()) > 0 and int(model.bn.num_batches_tracked) == 3
+
+
+def test_recalibrate_draws_the_same_from_a_loader_each_time(data):
+    images = torch.utils.data.TensorDataset(normalize(data.train.images), data.train.labels)
+    loader, first = torch.utils.data.DataLoader(images, 32, shuffle=True), ms.resnet(8, len(data.classes))
+    again = copy.deepcopy(first)
+    ms.recalibrate(first, loader, images=64, batch_size=32)
+    before = torch.get_rng_state()
+    ms.recalibrate(again, loader, images=64, batch_size=32)
+    assert torch.equal(first.bn.running_mean, again.bn.running_mean) and int(first.bn.num_batches_tracked) == 2
+    assert torch.equal(torch.get_rng_state(), before)
