@@ -179,19 +179,20 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
 
 def result(stages, path):
     """The course in one picture, written to `path`: γ under both penalties, top-1 before and after the cut and in the end."""
-    base, sparse, masked, last = (stages[n] for n in stages if n[:2] in ("01", "02", "03", "05"))
+    base, sparse, masked, pruned, last = (stages[n] for n in stages if n[:2] in ("01", "02", "03", "04", "05"))
     fig, axes = figure("Who is pushed, and what the cut costs", width=11, columns=3)
     panels = {
         "|γ| under the global penalty": sparse.gammas("global")[-1],
         "|γ| under the masked penalty": masked.gammas("masked")[-1],
     }
     gamma_histograms(panels, "", keep_flags(base.model("baseline"), sparse.masks()), axes=axes[:2])
-    stations = ("before the cut", "after the cut", "fine-tuned")
-    for name, found in {"global": (sparse, sparse, last), "masked": (masked, masked, last)}.items():
-        axes[2].plot([s.top1(f"{name}: {station}") for s, station in zip(found, stations)], "o-", color=color(name), label=name)
+    stations = ("before the cut", "after the cut, folded", "fine-tuned")
+    for name, first in {"global": sparse, "masked": masked}.items():
+        tops = [found.top1(f"{name}: {station}") for found, station in zip((first, pruned, last), stations)]
+        axes[2].plot(tops, "o-", color=color(name), label=name)
     axes[2].axhline(base.top1("baseline"), color=COLORS["baseline"], ls="--", label="baseline")
     axes[2].set(title="test top-1 (%), same channels removed")
-    axes[2].set_xticks(range(3), stations)
+    axes[2].set_xticks(range(3), ("before", "cut, folded", "fine-tuned"))
     axes[2].legend()
     fig.savefig(path)
     plt.close(fig)

@@ -51,8 +51,9 @@ def fit(
 
     `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
     Under torchrun (`torchrun --nproc_per_node=2 script.py`) each process takes its share of every batch, and all end
-    with the same weights as one process would, if they began with the same: exactly with `frozen_statistics`, which leaves the means and variances
-    of BatchNorms as they are; else each BatchNorm sees its own process's share of the batch, as is usual.
+    with the same weights as one process would, if they began with the same: exactly with `frozen_statistics`, which
+    leaves the means and variances of BatchNorms as they are; else each BatchNorm sees its own process's share of the
+    batch, as is usual.
     `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
     `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
     `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
@@ -72,7 +73,8 @@ def fit(
     if batch_size % parallel.world():
         raise ValueError(f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple")
     device = pick_device(device)
-    _keep_freed_memory()
+    if device.type == "cpu":
+        _keep_freed_memory()
     precision = pick_precision(precision, device, model, data)
     layout = pick_layout(model, device, precision)
     model.to(device, memory_format=layout)
@@ -178,7 +180,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
 def _keep_freed_memory():
     """Let Linux' allocator keep what is freed for the next step, where it would hand it back and get it anew, cleared page by page.
 
-    In a Jupyter kernel that takes a quarter of a training's time on a CPU.
+    In a Jupyter kernel that took up to a quarter of a training's time on two cores. It holds for the whole process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc has it
     if mallopt:

@@ -2,11 +2,14 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 
 import mslib as ms
 from mslib.course import REFERENCE
+from mslib.sweep import grid
 
 METRICS = sorted(REFERENCE.glob("*/*/metrics.json"))
 WEIGHTS = {"baseline": "baseline", "pruned": "masked: after the cut, folded", "final": "masked: fine-tuned"}
@@ -42,3 +45,23 @@ def test_the_weights_reach_the_reported_top1_on_the_real_test_images(name, lesso
         price = ms.cost(model, torch.zeros(1, 3, 32, 32))
         assert (price.macs, price.params) == (row.macs, row.params)
         assert ms.evaluate(model, data.test) == pytest.approx(row.top1, abs=0.05)
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("comparison-*.csv")), ids=lambda p: p.stem)
+def test_a_comparison_is_whole_fair_and_made_as_its_file_says(path):
+    wanted, table = yaml.safe_load(path.with_suffix(".yml").read_text()), pd.read_csv(path)
+    swept = [key for key, value in wanted.items() if isinstance(value, list)]
+    points = sorted(tuple(point.values()) for point in grid({key: wanted[key] for key in swept}))
+    assert sorted(table[swept].itertuples(index=False, name=None)) == points
+    for key in (wanted.keys() & set(table)) - {*swept, "epochs"}:
+        assert (table[key] == wanted[key]).all(), key
+    cfg = ms.config(wanted["preset"], **{k: v for k, v in wanted.items() if k not in (*swept, "lesson", "preset")})
+    assert (table.epochs == cfg.epochs + cfg.sparse_epochs + cfg.finetune_epochs).all()
+    side = cfg.image_size or 32
+    left = table.macs / ms.cost(ms.resnet(cfg.depth), torch.zeros(1, 3, side, side)).macs
+    assert left.between(0.98 - table.reduction, 1 - table.reduction).all()
+    tested = cfg.test_size if cfg.dataset == "shapes" else 10_000
+    for column, images in {"top1": tested, "final": (cfg.train_size if cfg.dataset == "shapes" else 50_000) * cfg.val}.items():
+        right = table[column] * images / 100
+        assert (right - right.round()).abs().max() < 1e-6, "a share of whole images"
+    assert table.hardware.nunique() == table.torch.nunique() == 1
