@@ -263,5 +263,5 @@ def keep_reference(name, cfg, lessons):
             if lesson == "01_baseline":
                 shutil.copy(found / "baseline" / "model.pt", REFERENCE / name / lesson / "baseline")
     kept = reference(name)
-    if {name for name in NEEDS if "01" <= name <= "06"} <= kept.keys():
+    if {name for name in NEEDS if "01" <= name < "06"} <= kept.keys():
         plots.result(kept, REFERENCE / name / "result.png")

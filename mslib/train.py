@@ -180,7 +180,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
 def _keep_freed_memory():
     """Let Linux' allocator keep what is freed for the next step, where it would hand it back and get it anew, cleared page by page.
 
-    In a Jupyter kernel that took up to a quarter of a training's time on two cores. It holds for the whole process.
+    That costs most in a Jupyter kernel. It holds for the whole process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc has it
     if mallopt:
