@@ -10,7 +10,8 @@ run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
 
 test: .venv/ready-test
-	MSLIB_PRESET=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --nbval notebooks tests
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	MSLIB_RUNS=$$runs MSLIB_PRESET=quick OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --nbval notebooks tests
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_start_here.ipynb

@@ -54,6 +54,7 @@ def _lessons(options):
 
 
 def _run(options):
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     cfg, lessons = _chosen(options)
@@ -68,6 +69,9 @@ def _run(options):
         except PapermillExecutionError as error:
             print(f"error in {lesson}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"the notebook as far as it came: {found / f'.{lesson}.ipynb'}; run again to go on", file=sys.stderr)
+            return 1
+        except DeadKernelError:
+            print(f"error in {lesson}: its process was killed, perhaps for want of memory; run again to go on", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)

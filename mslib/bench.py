@@ -135,17 +135,17 @@ def _lively(model):
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.1, 1)
-    return model.eval()
+    return model.eval().to(pick_device())
 
 
 def speed_up(depth, rounds, seconds):
     """Measured speed-up of a network cut to half of its MACs beside what the MACs promise; in turns, the best of each."""
-    model, image = _lively(resnet(depth)), torch.randn(1, 3, 32, 32)
+    model, image = _lively(resnet(depth)), torch.randn(1, 3, 32, 32, device=pick_device())
     for residual, round_to in ((False, 1), (True, 1), (True, 8)):
         small = prune(model, masks_for_macs(model, image, 0.5, residual, round_to=round_to), image)
         promise = cost(model, image).macs / cost(small, image).macs
         for batch in (1, 128):
-            x, best = torch.randn(batch, 3, 32, 32), [float("inf")] * 2
+            x, best = torch.randn(batch, 3, 32, 32, device=image.device), [float("inf")] * 2
             for _ in range(rounds):
                 best = [min(b, latency(net, x, seconds).median) for b, net in zip(best, (model, small))]
             cut = f"{'inner and residual' if residual else 'inner'} channels{f' in multiples of {round_to}' if round_to > 1 else ''}"
@@ -164,7 +164,7 @@ def surgery(rounds, size):
     except ImportError:
         logging.getLogger("mslib").warning("torch-pruning is not installed: the comparison with it is left out")
         return
-    model, image = _lively(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, size, size)
+    model, image = _lively(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, size, size, device=pick_device())
     masks = masks_for_macs(model, image, 0.5)
     writer = ChannelGraph(model).conv_before
     best = {"ours": float("inf"), "theirs": float("inf")}

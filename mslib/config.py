@@ -1,6 +1,5 @@
 """Every number of a run, in one frozen record: three presets, and what you override."""
 
-import difflib
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .datasets import KNOWN, find_dataset
-from .files import ROOT
+from .files import nearest, relative
 from .train import SCHEDULES
 
 METHODS = ("random", "uniform", "l1-norm", "global", "masked", "greg-1", "greg-2", "flow", "scratch")
@@ -62,7 +61,7 @@ class Config:
     own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline")
     own_sparse_epochs: int = _setting(2, 9, "with the penalty")
     own_finetune_epochs: int = _setting(2, 9, "after the cut")
-    runs: str = field(default="runs", metadata={"doc": "folder of all runs"})
+    runs: str = field(default_factory=lambda: os.environ.get("MSLIB_RUNS", "runs"), metadata={"doc": "folder of all runs"})
 
     def describe(self, lesson):
         """The settings that first matter to `lesson` (a number), one a line: name, value, meaning."""
@@ -112,16 +111,16 @@ def config(preset="auto", **overrides):
     if preset == "auto":
         preset = os.environ.get("MSLIB_PRESET") or ("standard" if torch.cuda.is_available() else "quick")
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}" + _nearest(preset, ["auto", *PRESETS]))
+        raise ValueError(f"unknown preset {preset!r}" + nearest(preset, ["auto", *PRESETS]))
     names = [f.name for f in fields(Config) if f.name != "preset"]
     for name in overrides:
         if name not in names:
-            raise ValueError(f"unknown setting {name!r}" + _nearest(name, names))
+            raise ValueError(f"unknown setting {name!r}" + nearest(name, names))
     cfg = Config(preset, **(PRESETS[preset] | {k: v for k, v in overrides.items() if v is not None}))
     _check(cfg)
     if cfg.dataset not in KNOWN:
         # a path relative to the course's folder: it means the same in every notebook, and on another machine
-        cfg = replace(cfg, dataset=os.path.relpath(find_dataset(cfg.dataset), ROOT))
+        cfg = replace(cfg, dataset=relative(find_dataset(cfg.dataset)))
     return cfg
 
 
@@ -148,7 +147,7 @@ def _check(cfg):
             kind, such = ("whole number", 32) if default is None else (type(default).__name__, default)
             raise ValueError(f"{f.name}={value!r}: expected a {kind}, for example {such!r}")
         if known and value not in known:
-            raise ValueError(f"{f.name}={value!r}" + _nearest(value, known))
+            raise ValueError(f"{f.name}={value!r}" + nearest(value, known))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if (value <= 0 if low is None else value < low) or (high and value >= high):
                 wanted = "above 0" if low is None else f"{low} or more"
@@ -156,11 +155,6 @@ def _check(cfg):
     for name, share in cfg.layer_reduction.items():
         if not isinstance(share, (int, float)) or not 0 <= share < 1:
             raise ValueError(f"layer_reduction: {name!r}: {share!r}; a share from 0 to below 1, for example 0.5")
-
-
-def _nearest(name, known):
-    near = difflib.get_close_matches(str(name), known, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
 def _settings():

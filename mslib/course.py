@@ -128,11 +128,11 @@ def stage(lesson, cfg):
     return found
 
 
-def require(lesson, cfg):
+def require(lesson, cfg, say=print):
     """The finished stage of `lesson`: loaded, or made now by running its notebook (and those it needs) headless."""
     found = stage(lesson, cfg)
     if not found.finished:
-        run_lesson(lesson, cfg)
+        run_lesson(lesson, cfg, say)
     return found
 
 
@@ -183,7 +183,7 @@ def scoreboard(stages):
 def run_lesson(lesson, cfg, say=print):
     """Execute the notebook of `lesson` for `cfg` through papermill; the executed copy lands in the stage's folder."""
     for needed in NEEDS[lesson]:
-        require(needed, cfg)
+        require(needed, cfg, say)
     where = stage(lesson, cfg)
     _execute(lesson, where / f"{lesson}.ipynb", where, {"preset": cfg.preset, **cfg.overrides()}, say)
 
@@ -253,6 +253,8 @@ def _following(path, title, say):
 
 def keep_reference(name, cfg, lessons):
     """Copy the finished stages of `cfg` to data/reference/<name>; of the weights, the baseline and the final network."""
+    if not any(stage(lesson, cfg).finished for lesson in lessons):
+        raise FileNotFoundError(f"no lesson of this run is finished, {', '.join(lessons)}; run it first: python -m mslib run")
     for lesson in lessons:
         gammas = "gammas.pt" if lesson > "05" else ""  # which no lesson draws
         heavy = ("images", "imagenet", "*.onnx", "before.pt", "pruned*.pt", "penalty.pt", "model.pt", "epoch-*.pt")

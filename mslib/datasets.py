@@ -28,8 +28,7 @@ def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
 
     Raises FileNotFoundError or ValueError, naming the path or the file at fault.
     """
-    if not 0 < val < 1:
-        raise ValueError(f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1")
+    _check_share(val)
     if dataset == "shapes":
         names, (train, test) = CLASSES, (Split(*draw_shapes(n, image_size or 32, seed)) for seed, n in enumerate(sizes, 1))
     elif dataset in ("cifar10", "cifar100"):
@@ -58,6 +57,7 @@ def load_folder(path, size=224, batch_size=128, val=0.1, crop=0.08, workers=2):
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
+    _check_share(val)
     path = Path(path).expanduser()
     test = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
@@ -76,7 +76,7 @@ def load_folder(path, size=224, batch_size=128, val=0.1, crop=0.08, workers=2):
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     middle = max(1, round(val * len(train)))
     train, held = Subset(train, order[middle:]), Subset(held, order[:middle])
-    each, common = batch_size // world(), {"num_workers": workers}  # new workers an epoch: what they draw follows from its seed
+    each, common = batch_size // world(), {"num_workers": workers, "pin_memory": torch.cuda.is_available()}  # new workers an epoch: what they draw follows from its seed
     sampler = DistributedSampler(train, world(), rank(), drop_last=True) if world() > 1 else None
     loaders = DataLoader(train, each, shuffle=sampler is None, sampler=sampler, drop_last=len(train) >= batch_size, **common)
     return Data(path.name, loaders, DataLoader(held, each, **common), DataLoader(tests, each, **common), tuple(tests.classes))
@@ -102,6 +102,11 @@ def image_folder(dataset, path, size=32, sizes=(1000, 400)):
                 for i, (image, label) in enumerate(pairs):
                     Image.fromarray(image.permute(1, 2, 0).numpy()).save(beside / split / data.classes[label] / f"{i:05}.png")
     return path
+
+
+def _check_share(val):
+    if not 0 < val < 1:
+        raise ValueError(f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1")
 
 
 def _normalized(image):

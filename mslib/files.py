@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written beside, then renamed; read without running pickled code."""
 
+import difflib
 import json
 import os
 import shutil
@@ -9,6 +10,20 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/, data/, runs/
+
+
+def nearest(name, known):
+    """The end of an error message about an unknown `name`: the one of `known` that was meant, or what there is."""
+    near = difflib.get_close_matches(str(name), known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join([*known][:30])}{' …' if len(known) > 30 else ''}"
+
+
+def relative(path):
+    """`path` as seen from the course's folder; as it is where there is no such way (another drive)."""
+    try:
+        return os.path.relpath(path, ROOT)
+    except ValueError:
+        return str(path)
 
 
 @contextmanager

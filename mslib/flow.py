@@ -24,10 +24,11 @@ class FeatureFlow(Penalty):
         if length < 0 or curvature < 0 or length + curvature == 0:
             raise ValueError(f"length={length}, curvature={curvature}: neither below 0, and one of them above it, such as 1e-2")
         self.length, self.curvature, self.modules = length, curvature, followed(model, layers)
+        self.chosen = f" ({', '.join(layers)})" if layers else ""
         self.features = []
 
     def __repr__(self):
-        return f"FeatureFlow({len(self.modules)} layers, length={self.length:g}, curvature={self.curvature:g})"
+        return f"FeatureFlow({len(self.modules)} layers{self.chosen}, length={self.length:g}, curvature={self.curvature:g})"
 
     @contextmanager
     def attached(self):
@@ -56,7 +57,7 @@ class FeatureFlow(Penalty):
 @torch.no_grad()
 def flows(model, images, layers=None):
     """The features of `images` [N, C, H, W] on their way through `model` in evaluation mode: a list of stretches of equal
-    shape, each a list of tensors on the CPU, one a layer followed. `layers` as in FeatureFlow. The network is left as it was."""
+    shape, each a list of tensors on the CPU, one a layer followed. `layers` as in FeatureFlow."""
     features, training = [], model.training
     try:
         with _hooked(followed(model, layers), lambda module, _, out: features.append(out.to("cpu", copy=True))):

@@ -135,7 +135,7 @@ class ChannelGraph:
             return Value(value.ids, value.dead, value.constant)
         if kind is F.pad and len(node.args) == 2 and len(node.args[1]) <= 4 and not node.kwargs:
             return Value(value.ids, value.dead, value.constant)  # zeros around the image
-        if kind in (*ADDITION, *PRODUCT) and len(known) == len(node.args) == 2 and len(known[0].ids) == len(known[1].ids):
+        if kind in (*ADDITION, *PRODUCT) and len(known) == len(node.args) == 2 and not node.kwargs and len(known[0].ids) == len(known[1].ids):
             return self._join_values(*known, product=kind in PRODUCT)
         if kind is torch.cat and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (-3,)) and len(known) == len(inputs):
             parts = [values[n] for n in node.args[0]] if isinstance(node.args[0], (list, tuple)) else []
@@ -215,12 +215,14 @@ class ChannelGraph:
         if isinstance(target, nn.PReLU) and target.num_parameters > 1:
             self._note(self.slopes, node.target, value.ids)
 
+        options = {k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node)}  # such as a slope
+
         def f(x):
             if node.op == "call_method":
                 return getattr(x.clone(), target)()
             if isinstance(target, nn.PReLU):  # a slope for each channel
                 return F.prelu(x[None], target.weight.detach().cpu().float())[0]
-            return type(target).forward(target, x.clone()) if isinstance(target, nn.Module) else target(x.clone())
+            return type(target).forward(target, x.clone()) if isinstance(target, nn.Module) else target(x.clone(), *node.args[1:], **options)
 
         with torch.no_grad():
             zero_stays = f(torch.zeros_like(value.constant)) == 0

@@ -23,7 +23,7 @@ class GrowingL2(Penalty):
 
     Masks of channels (by BatchNorm name) stand for the filters that write them; masks of weights (by convolution, shaped
     like its weights) for single weights. `unstructured`: let GReg-2 pick single weights.
-    Defaults are the released settings for CIFAR, made for 100,000 iterations: a short run needs a larger `delta`.
+    Defaults are the released settings for CIFAR but for `kept`, made for 100,000 iterations: a short run needs a larger `delta`.
 
     `masks` (None before GReg-2 has picked), `history`: a row an update; `magnitudes()`: of every filter.
     All are part of `state_dict`, and kept with a run.
@@ -98,8 +98,8 @@ class GrowingL2(Penalty):
         return torch.cat(parts, 1) if layer is None else parts[self.layers.index(layer)]
 
     def scores(self):
-        """Mean |W| of each filter, or |W| of each weight: dict like the masks."""
-        return {name: _size(w, self.units[name]) for name, w in self.weights.items()}
+        """Mean |W| of each filter, or |W| of each weight: dict like the masks, on the CPU."""
+        return {name: _size(w, self.units[name]).cpu() for name, w in self.weights.items()}
 
     def __call__(self):
         total = 0
@@ -114,38 +114,40 @@ class GrowingL2(Penalty):
         s = self.settings
         if iteration % s["every"]:
             return
-        scores = self.scores()
-        masks = self.masks or masks_for_ratio(self.graph, s["reduction"], scores)
-        self._remember(iteration, scores, masks)
+        masks = self.masks or masks_for_ratio(self.graph, s["reduction"], self.scores())
+        sizes = {name: _size(w, self.units[name]) for name, w in self.weights.items()}  # these and `there` on the weights' device
+        there = {name: keep.to(sizes[name].device) for name, keep in masks.items()}
+        self._remember(iteration, sizes, there)
         for name in self.weights:
             if self.masks is None:
                 self.factors[name] += s["pick_delta"]
             elif name not in self.held:
-                self._grow(name, scores[name])
+                self._grow(name, sizes[name], there[name])
         highest = max(float(f.max()) for f in self.factors.values())
         if self.masks is None and highest >= s["pick_ceiling"] * (1 - 1e-6):
             self.masks = masks
             for name, keep in masks.items():
                 self.factors[name][keep.to(self.factors[name].device)] = s["kept"]
 
-    def _grow(self, name, size):
-        s, keep = self.settings, self.masks[name].cpu()
+    def _grow(self, name, size, keep):
+        s = self.settings
         if keep.all():
             self.held[name] = True
             return
-        self.factors[name][~keep.to(self.factors[name].device)] += s["delta"]
+        self.factors[name] = self.factors[name].to(keep.device)
+        self.factors[name][~keep] += s["delta"]
         ratio = float(size[keep].mean() / size[~keep].mean().clamp(min=1e-30))
         self.ratios[name] = 0.9 * self.ratios[name] + 0.1 * ratio if name in self.ratios else ratio  # as released
         if self.ratios[name] >= s["enough"] or float(self.factors[name].max()) > s["ceiling"]:
             self.held[name] = True
 
-    def _remember(self, iteration, scores, masks):
-        kept = torch.cat([scores[n][masks[n].cpu()] for n in scores]).mean()
-        dropped = torch.cat([scores[n][~masks[n].cpu()] for n in scores]).mean()
+    def _remember(self, iteration, sizes, masks):
+        kept = torch.cat([sizes[n][masks[n]] for n in sizes]).mean()
+        dropped = torch.cat([sizes[n][~masks[n]] for n in sizes]).mean()
         factor = max(float(f.max()) for f in self.factors.values())
         self.rows.append({"iteration": iteration, "factor": factor, "kept": float(kept), "dropped": float(dropped),
                           "picked": self.masks is not None})  # fmt: skip
-        self.seen.append(torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()]).half())
+        self.seen.append(torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()]).half().cpu())
 
     def state_dict(self):
         return {"factors": {n: f.cpu() for n, f in self.factors.items()}, "masks": self.masks, "ratios": self.ratios,
@@ -157,7 +159,7 @@ class GrowingL2(Penalty):
 
 
 def _size(w, unit):
-    w = w.detach().abs().float().cpu()
+    w = w.detach().abs().float()
     return w if len(unit) > 1 else w.flatten(1).mean(1)
 
 

@@ -3,7 +3,6 @@
 A mask is plain data. The functions here make one from γ (or from any scores), check one, save one and load one.
 """
 
-import difflib
 import hashlib
 import logging
 import math
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from .cost import cost
-from .files import read_json, read_tensors, write_tensors
+from .files import nearest, read_json, read_tensors, write_tensors
 from .graph import ChannelGraph
 from .groups import short
 
@@ -47,7 +46,7 @@ def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, f
     `reduction`: fraction of the MACs to remove, in (0, 1). `scores`: dict like the masks, the higher the more worth
     keeping; default |γ|. `floor`: share of its channels that every layer keeps at least; one it keeps in any case.
     `round_to`: every layer keeps a multiple of so many channels, or all; 8 or 16 suit the vectors of processors.
-    The result is the smallest cut that reaches the goal.
+    The result is the smallest cut that reaches the goal; of equal scores the first go, layer by layer in turns.
 
     Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, a floor
     outside [0, 1), or a round_to below 1.
@@ -59,22 +58,27 @@ def masks_for_macs(model, example, reduction=0.5, residual=False, scores=None, f
     if round_to < 1:
         raise ValueError(f"round_to={round_to}: the number of channels that a layer keeps is a multiple of it, for example 8")
     graph, layers = ChannelGraph(model), cost(model, example).layers
-    scores = _shared_scores(graph, scores or gammas(model, residual))
+    for name in scores or ():
+        if name not in graph.norms:
+            raise ValueError(f"scores for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}")
+    given, scores = scores, _shared_scores(graph, scores or gammas(model, residual))
     if not scores:
         raise ValueError(f"{type(model).__name__} has no prunable BatchNorm; ms.channel_groups(model) says why")
-    ordered = torch.cat(list(scores.values())).sort().values
+    turns = torch.cat([torch.arange(len(s)) / len(s) for s in scores.values()]).argsort(stable=True)
+    turns = turns[torch.cat(list(scores.values()))[turns].argsort(stable=True)]
+    ranks = torch.empty(len(turns)).index_copy(0, turns, torch.arange(1.0, len(turns) + 1))  # no two alike
+    ranks = _shared_scores(graph, dict(zip(scores, ranks.split([len(s) for s in scores.values()]))))
 
     def cut(count, tell=False):
-        below = {name: s > ordered[count - 1] if count else torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
-        return _with_floor(graph, below, scores, floor, round_to, tell)
+        return _with_floor(graph, {name: rank > count for name, rank in ranks.items()}, scores, floor, round_to, tell)
 
-    total, low, high = sum(layers.values()), 0, len(ordered)
+    total, low, high = sum(layers.values()), 0, len(turns)
     most = 1 - remaining_macs(graph, cut(high), layers) / total
     if most < reduction:
         rounded = f" and multiples of {round_to}" if round_to > 1 else ""
         raise ValueError(
             f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer{rounded} {most:.1%} of the MACs are gone"
-            + ("; residual=True reaches further" if not residual and len(gammas(model, True)) > len(scores) else "")
+            + ("; residual=True reaches further" if given is None and not residual and len(gammas(model, True)) > len(scores) else "")
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -209,8 +213,7 @@ def check_masks(graph, masks):
     """What goes, as `graph.dropped` says; ValueError that names the layer when `masks` do not fit the network of `graph`."""
     for name, mask in masks.items():
         if name not in graph.norms:
-            near = difflib.get_close_matches(name, graph.norms, 1)
-            raise ValueError(f"mask for {name!r}: the network has no such BatchNorm" + (f"; {near[0]!r}?" if near else ""))
+            raise ValueError(f"mask for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}")
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
@@ -261,8 +264,7 @@ def load_masks(path, model=None, means="keep"):
         layer = key.removeprefix("module.").removesuffix(".weight")
         name = graph.norm_after.get(layer, layer)
         if name not in graph.norms:
-            near = difflib.get_close_matches(name, [*graph.norms, *graph.norm_after], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, [*graph.norms, *graph.norm_after])
             raise ValueError(f"{path}: {key!r} is no BatchNorm of the network, nor a convolution before one{hint}")
         chosen = _chosen(f"{path}: {key!r}", value, len(graph.norms[name]))
         keep = chosen if means == "keep" else ~chosen

@@ -116,9 +116,14 @@ def initialize(model):
         nn.init.constant_(block.bn2.weight, len(blocks) ** -0.5)
 
 
+def batch_norms(model):
+    """Name and module of every BatchNorm2d of `model` that has a γ, in the order of its modules."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+
+
 def untrained(model):
-    """A network of the same widths as `model`, a ResNet or VGG pruned or not, with fresh random weights."""
-    fresh = copy.deepcopy(model)
+    """A network of the same widths as `model`, a ResNet or VGG pruned or not, with fresh random weights, on the CPU."""
+    fresh = copy.deepcopy(model).cpu()  # the same weights whatever device drew them
     fresh.fc.reset_parameters()
     initialize(fresh)
     return fresh
@@ -167,10 +172,12 @@ def network(name, num_classes=1000, weights=None):
     if hasattr(model, "aux_logits"):
         model.aux_logits = False
         model.aux1 = model.aux2 = model.AuxLogits = None
-    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1] if weights else ""
-    if last and model.get_submodule(last).out_features != num_classes:
-        parent, _, child = last.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(last).in_features, num_classes))
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] if weights else []
+    if weights and not linear and num_classes != 1000:
+        raise ValueError(f"{name} has no linear layer to replace: with weights it has 1000 outputs, not {num_classes}")
+    if linear and model.get_submodule(linear[-1]).out_features != num_classes:
+        parent, _, child = linear[-1].rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(linear[-1]).in_features, num_classes))
     model.recipe = {"network": "torchvision", "name": name, "num_classes": num_classes}
     return model
 

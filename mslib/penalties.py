@@ -39,6 +39,9 @@ class Sum(Penalty):
 
     def __init__(self, *parts):
         self.parts = [q for p in parts for q in (p.parts if isinstance(p, Sum) else [p])]
+        for part in self.parts:
+            if not isinstance(part, Penalty):
+                raise TypeError(f"{part!r} is no ms.Penalty, and cannot be added to one; give its class that base")
 
     def __repr__(self):
         return " + ".join(map(repr, self.parts))
@@ -94,8 +97,9 @@ class HoldZero(Penalty):
 
     @torch.no_grad()
     def proximal_step(self, lr):
-        for weight, keep in self.weights:
-            weight *= keep.to(weight.device)
+        for i, (weight, keep) in enumerate(self.weights):
+            self.weights[i] = weight, keep.to(weight.device)  # moved once
+            weight *= self.weights[i][1]
 
 
 class _GammaL1(Penalty):
@@ -105,10 +109,13 @@ class _GammaL1(Penalty):
         """`chosen`: dict[BatchNorm name -> BoolTensor[channels]], True = penalized."""
         if not strength > 0:
             raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
+        if not chosen:
+            raise ValueError(f"{type(model).__name__}: no BatchNorm to penalize; ms.channel_groups(model) says which are prunable")
         modules = dict(model.named_modules())
         self.strength, self.proximal = float(strength), proximal
         self.chosen = chosen
-        self.weights = [(modules[name].weight, c.to(modules[name].weight)) for name, c in chosen.items()]
+        self.gammas = [modules[name].weight for name in chosen]
+        self.penalized = torch.cat([c.cpu() for c in chosen.values()])
 
     def __repr__(self):
         step = ", proximal" if self.proximal else ""
@@ -118,10 +125,8 @@ class _GammaL1(Penalty):
 
     def __call__(self):
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
-        for i, (gamma, chosen) in enumerate(self.weights):
-            if chosen.device != gamma.device:
-                self.weights[i] = gamma, chosen.to(gamma.device)
-        value = self.strength * sum((gamma.abs() * chosen).sum() for gamma, chosen in self.weights)
+        self.penalized = self.penalized.to(self.gammas[0].device)
+        value = self.strength * (torch.cat(self.gammas).abs() * self.penalized).sum()
         return value.detach() if self.proximal else value
 
     @torch.no_grad()
@@ -131,7 +136,7 @@ class _GammaL1(Penalty):
         `fit` passes lr / (1 - momentum), so that a strength means the same push as with the subgradient.
         """
         if self.proximal:
-            for gamma, chosen in self.weights:
+            for gamma, chosen in zip(self.gammas, self.penalized.split([len(g) for g in self.gammas])):
                 gamma.copy_(gamma.sign() * (gamma.abs() - lr * self.strength * chosen.to(gamma.device)).clamp_min_(0))
 
 

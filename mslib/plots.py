@@ -4,9 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from torch import nn
 
 from .groups import channel_groups
+from .models import batch_norms
 
 sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
 plt.rcParams.update(
@@ -67,7 +67,7 @@ def curves(histories, title, columns=("loss", "val_top1")):
 
 def keep_flags(model, masks):
     """For every BatchNorm channel in the order of the network: 1 kept, 0 dropped, nan not in `masks` (float [channels])."""
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    norms = batch_norms(model)
     return np.concatenate([masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan) for n, m in norms])
 
 

@@ -1,6 +1,5 @@
 """What stands in one place and is written into README and lessons: the repository's address, the measured results."""
 
-import json
 import re
 import tomllib
 
@@ -15,14 +14,6 @@ def address():
     """ "owner/name" of the repository, from [project.urls] in pyproject.toml."""
     url = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     return url.removeprefix("https://github.com/").rstrip("/")
-
-
-def places():
-    """(file, "owner/name") for every badge, clone command and link to the repository in README and lessons."""
-    for path in _files():
-        for line in _lines(path):
-            for found in re.finditer(PLACES, line):
-                yield path, found.group(0).removeprefix(found.group(1))
 
 
 def results():
@@ -71,10 +62,3 @@ def stamp():
 
 def _files():
     return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
-
-
-def _lines(path):
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        return ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
-    return [text]

@@ -33,6 +33,8 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
     if jobs < 1:
         raise ValueError(f"-j {jobs}: at least one process at a time, for example -j 2")
     points = {_name(point, settings): config(preset, **point) for point in grid(settings)}  # a bad setting: before the first run
+    for cfg in {cfg.dataset: cfg for cfg in points.values()}.values():
+        course.data_of(cfg)  # downloaded and unpacked once, not by two processes at a time
     with ExitStack() as stack:
         if scheduler:
             client = stack.enter_context(Client(scheduler))
@@ -64,7 +66,7 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
 
 
 def write_table(lesson, points, settings, path):
-    """Write the CSV: a row a finished point: its settings, its last network, every number and text of its metrics.json."""
+    """Write the CSV: a row a finished point: its settings, its last network, every fraction and text of its metrics.json."""
     rows = []
     for name, cfg in points.items():
         found = course.stage(lesson, cfg)

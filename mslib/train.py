@@ -18,7 +18,7 @@ from torch import nn
 from . import parallel
 from .data import Split, batches, steps_per_epoch
 from .files import read_tensors, write_tensors
-from .models import load, save
+from .models import batch_norms, load, save
 from .progress import Progress
 from .runs import Run, read_history
 
@@ -51,9 +51,9 @@ def fit(
 
     `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
     Under torchrun (`torchrun --nproc_per_node=2 script.py`) each process takes its share of every batch, and all end
-    with the same weights as one process would, if they began with the same: exactly with `frozen_statistics`, which
-    leaves the means and variances of BatchNorms as they are; else each BatchNorm sees its own process's share of the
-    batch, as is usual.
+    with the same weights, if they began with the same. They are those of one process where the data are tensors and
+    `frozen_statistics` leaves the means and variances of BatchNorms as they are; else each BatchNorm sees its own
+    process's share of the batch, as is usual, and DataLoaders shuffle otherwise than for one.
     `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
     `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
     `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
@@ -110,6 +110,7 @@ def fit(
 
     began, wrapped = time.monotonic() - seconds, parallel.wrap(model, device)
     if os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture:
+        torch.compiler.reset()  # it would reuse a graph captured without a penalty's hooks, and gives up after eight networks
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
     for epoch in range(start, epochs):
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
@@ -120,7 +121,7 @@ def fit(
             for m in model.modules():
                 m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
         mine = batches(train, batch_size, generator, (parallel.rank(), parallel.world()))
-        loader = ((x.to(device, memory_format=layout), y.to(device)) for x, y in mine)
+        loader = ((x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)) for x, y in mine)
         loss, extra = _epoch(
             wrapped, loader, optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps], epoch * steps, precision,
             lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
@@ -195,7 +196,7 @@ def _optional(penalty, name):
 
 @torch.no_grad()
 def evaluate(model, split, batch_size=500, precision="fp32"):
-    """Top-1 accuracy in percent of `model` on `split`, or on an iterable of batches, in evaluation mode; the model's mode is left as it was."""
+    """Top-1 accuracy in percent of `model` on `split`, or on an iterable of batches, in evaluation mode; afterwards all of it is in the mode that `model` was in."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
     correct = seen = 0
@@ -208,7 +209,7 @@ def evaluate(model, split, batch_size=500, precision="fp32"):
 
 
 def recalibrate(model, split, images=2000, batch_size=128, seed=0):
-    """Estimate mean and variance of every BatchNorm anew on `images` augmented images; in place, returns `model`.
+    """Estimate mean and variance of every BatchNorm anew on `images` augmented images (whole batches); in place, returns `model`.
 
     `split`: they are drawn from it by `seed`, or, if it is an iterable of batches, taken as it gives them after
     `torch.manual_seed(seed)`, `images` // `batch_size` of its batches. After a cut the statistics are still those of the full network. No weight changes and no label is used.
@@ -227,7 +228,7 @@ def recalibrate(model, split, images=2000, batch_size=128, seed=0):
 
 def all_gammas(model):
     """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
-    gammas = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    gammas = [m.weight.detach().abs().flatten() for _, m in batch_norms(model)]
     return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()
 
 

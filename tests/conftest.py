@@ -3,6 +3,7 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is exact on the CPU; set it to a GPU's number to try one
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -38,6 +39,15 @@ def cifar():
     if not path.exists():
         pytest.skip("the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds data/cifar10-jpeg.tar.gz")
     return path
+
+
+def kill_with_its_children(process):
+    """kill -9 a process alone: those that it started have to notice, and end."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert children and not alive
 
 
 def lively(model, seed=0):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 import mslib as ms
@@ -107,7 +109,11 @@ def test_published_results_are_complete_and_agree_with_themselves():
     table = ms.published("ResNet-56")
     assert table.base["He et al."] == 93.03 and table.delta["GReg-1"] == -0.18
     both = table.dropna(subset="pruned")
-    assert len(both) >= 9 and ((both.pruned - both.base - both.delta).abs() < 0.005).all()
+    assert len(both) == 10 and ((both.pruned - both.base - both.delta).abs() < 0.005).all()
+    times = table.source.str.extract(r"([0-9.]+)x$")[0].astype(float)  # the speed-up that a source tells
+    assert ((100 * (1 - 1 / times) - table.reduction).abs().dropna() < 0.06).all() and times.notna().sum() == 10
+    assert not table.index.has_duplicates
+    assert ms.published("VGG-19", "CIFAR-100").pruned.to_dict() == {"GReg-1": 67.55, "GReg-2": 67.75}
     assert ms.published("ResNet-110").reduction["MaskSparsity"] == 63.03
     assert ms.published("ResNet-50", "ILSVRC-2012").delta["MaskSparsity"] == -0.76
 
@@ -115,9 +121,16 @@ def test_published_results_are_complete_and_agree_with_themselves():
 def test_every_setting_has_a_lesson_and_says_what_it_is():
     cfg = ms.config("quick")
     told = "\n".join(cfg.describe(n) for n in range(1, 10))
-    for name in cfg.up_to(99):
+    for name in {f.name for f in dataclasses.fields(cfg)} - {"preset", "runs"}:
         assert f"\n{name} " in "\n" + told
     assert set(course.NEEDS) >= {"01_baseline", "05_finetune"}
+
+
+@pytest.mark.parametrize("preset, images", [("quick", 3600), ("standard", 45_000), ("full", 45_000)])
+def test_the_masked_penalty_of_each_preset_reaches_zero(preset, images):
+    """Its push is above 1, where a γ of a trained network begins (methods: choose presets by the push)."""
+    cfg = ms.config(preset)
+    assert ms.push(cfg.masked_strength, cfg.sparse_lr, cfg.sparse_epochs * (images // cfg.batch_size), cfg.schedule) > 1
 
 
 def test_shares_of_layers_are_a_setting(tmp_path):

@@ -1,8 +1,6 @@
 """The lessons as a pipeline, through real papermill, on a network so small that it takes seconds."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,8 @@ import mslib as ms
 from mslib import course
 from mslib.course import NEEDS
 from mslib.files import ROOT, write_json
+
+from .conftest import kill_with_its_children
 
 TINY = dict(
     depth=14,
@@ -86,6 +86,19 @@ def test_run_again_reuses_everything(finished):
     assert before == {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
 
 
+def test_finished_lessons_become_a_reference(finished, tmp_path, monkeypatch):
+    runs, _ = finished
+    cfg = ms.config("quick", runs=str(runs), **TINY)
+    monkeypatch.setattr(course, "REFERENCE", tmp_path)
+    course.keep_reference("tiny-quick", cfg, NEEDS)
+    kept = ms.reference("tiny")
+    assert list(kept) == list(NEEDS) and (tmp_path / "tiny-quick" / "result.png").exists()
+    assert [p.parent.name for p in tmp_path.rglob("model.pt")] == ["baseline"]  # of the weights no others
+    assert kept["05_finetune"].rows.equals(ms.stage("05_finetune", cfg).rows)
+    with pytest.raises(FileNotFoundError, match="no lesson of this run is finished, 01_baseline"):
+        course.keep_reference("other", ms.config("quick", runs=str(tmp_path)), ["01_baseline"])
+
+
 def test_finished_stages_can_be_carried_to_another_place(finished, tmp_path):
     """A copy of the folders of lessons 01 and 02 elsewhere: lesson 03 takes them up and trains nothing again."""
     runs, _ = finished
@@ -149,14 +162,12 @@ def test_command_line_errors_are_one_line(words, message):
 def test_a_run_killed_with_its_kernel_goes_on(tmp_path):
     settings = {**TINY, "epochs": 6, "train_size": 2000, "runs": tmp_path}
     command = [sys.executable, "-m", "mslib", "run", "--preset", "quick", "--only", "01", *flags(settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("epoch-0002.pt")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(3)  # a kernel without its parent ends by itself
+    kill_with_its_children(process)
     kept = list(tmp_path.rglob("epoch-*.pt"))
     assert kept and not list(tmp_path.rglob("metrics.json"))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

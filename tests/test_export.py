@@ -75,6 +75,22 @@ def test_network_is_torchvisions_with_other_outputs():
         assert ms.network(name, 3)(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
 
 
+def test_weights_are_poured_in_and_the_classifier_replaced(tmp_path, monkeypatch):
+    """With stored weights, here some in their place, as no test downloads any."""
+    from torchvision.models._api import WeightsEnum
+
+    stored = {name: torchvision.models.get_model(name).state_dict() for name in ("resnet18", "squeezenet1_1")}
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *_, **__: stored[type(self).__name__.split("_W")[0].lower()])
+    model = ms.network("resnet18", 7, "DEFAULT")
+    assert torch.equal(model.conv1.weight, stored["resnet18"]["conv1.weight"]) and model.fc.out_features == 7
+    ms.save(model, tmp_path / "seven.pt")
+    assert torch.equal(ms.load(tmp_path / "seven.pt").fc.weight, model.fc.weight)
+    assert torch.equal(ms.network("resnet18", weights="DEFAULT").fc.weight, stored["resnet18"]["fc.weight"])
+    assert ms.network("squeezenet1_1", weights="DEFAULT").num_classes == 1000
+    with pytest.raises(ValueError, match="squeezenet1_1 has no linear layer to replace: with weights it has 1000 outputs, not 7"):
+        ms.network("squeezenet1_1", 7, "DEFAULT")
+
+
 def test_a_tampered_file_is_refused(pruned, tmp_path):
     model, _ = pruned
     ms.save(model, tmp_path / "small.pt")

@@ -1,5 +1,6 @@
 """Growing regularization against a plain, slow re-implementation that knows nothing of mslib."""
 
+import inspect
 import math
 
 import pytest
@@ -38,6 +39,11 @@ def train(model, penalty, iterations, each=lambda i: None, lr=0.05):
         optimizer.zero_grad()
         (nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4) % 3) + penalty()).backward()
         optimizer.step()
+
+
+def test_the_defaults_are_the_released_settings():
+    default = {name: p.default for name, p in inspect.signature(ms.GrowingL2).parameters.items()}
+    assert {"delta": 1e-4, "every": 10, "ceiling": 1, "enough": 1000, "pick_delta": 1e-5, "pick_ceiling": 1e-2}.items() <= default.items()
 
 
 def test_ratios_of_the_paper_keep_4_8_and_43_filters():

@@ -60,12 +60,35 @@ def test_masks_for_macs_reaches_the_goal_and_no_more(reduction, residual):
     masks = ms.masks_for_macs(model, X, reduction, residual)
     full, small = ms.cost(model, X).macs, ms.cost(ms.prune(model, masks), X).macs
     assert reduction <= 1 - small / full < reduction + 0.01
+    if not residual:  # with the largest γ that went, the goal would be missed
+        gone = {n: g.masked_fill(masks[n], -1) for n, g in ms.gammas(model).items()}
+        name = max((n for n in gone if masks[n].sum() > 1), key=lambda n: gone[n].max())
+        one_more = masks | {name: masks[name].index_fill(0, gone[name].argmax(), True)}
+        assert 1 - ms.cost(ms.prune(model, one_more), X).macs / full < reduction
     assert min(int(m.sum()) for m in masks.values()) >= 1
     if not residual:  # channels go in the order of |γ|
         gamma = ms.gammas(model)
         dropped = torch.cat([g[~masks[n]] for n, g in gamma.items()])
         kept = torch.cat([g[masks[n]] for n, g in gamma.items() if masks[n].sum() > 1])
         assert dropped.max() <= kept.min()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_of_equal_gammas_only_as_many_go_as_must_and_layers_take_turns(residual):
+    """As in a fresh network, where each γ is 1."""
+    model = lively(ms.network("resnet18"))
+    for gamma in ms.gammas(model, True):
+        torch.nn.init.ones_(model.get_submodule(gamma).weight)
+    x = torch.zeros(1, 3, 64, 64)
+    masks = ms.masks_for_macs(model, x, 0.5, residual)
+    assert 0.5 <= 1 - ms.cost(ms.prune(model, masks), x).macs / ms.cost(model, x).macs < 0.51
+    shares = [float(keep.float().mean()) for keep in masks.values()]
+    assert max(shares) - min(shares) < 0.02
+
+
+def test_scores_of_unknown_layers_are_refused():
+    with pytest.raises(ValueError, match="scores for 'stage1.0.bn9': the network has no such BatchNorm; did you mean 'stage1.0.bn"):
+        ms.masks_for_macs(ms.resnet(8), X, scores={"stage1.0.bn9": torch.ones(16)})
 
 
 @pytest.mark.parametrize("reduction", [0, 1, -0.5, 1.5])

@@ -33,7 +33,7 @@ def test_vgg_of_the_papers():
     masks = ms.masks_for_ratio(model, {"": 0.7, "features.1": 0}, ms.filter_norms(model))
     assert [int(m.sum()) for m in masks.values()][:4] == [64, 19, 38, 38] and len(masks) == 16
     small = ms.prune(lively(model), masks, image)
-    assert ms.cost(model, image).macs / ms.cost(small, image).macs == pytest.approx(8.84, abs=0.1)
+    assert ms.cost(small, image).macs == 44_784_324  # 8.89 times fewer
     with pytest.raises(ValueError, match="depth is 11, 13, 16 or 19"):
         ms.vgg(12)
 

@@ -28,6 +28,7 @@ model = lively(ms.resnet(8, 3))
 masks = {n: g > g.median() for n, g in ms.gammas(model).items()}
 ms.fit(model, tiny_data(n=int(sys.argv[2])), epochs=int(sys.argv[3]), lr=0.02, batch_size=16, precision="fp32", device="cpu",
        penalty=ms.MaskedL1(model, masks, 1e-3), run=sys.argv[1], frozen_statistics=sys.argv[4] == "frozen")
+torch.save(model.state_dict(), f"{sys.argv[1]}/own-{os.environ.get('RANK', 0)}.pt")
 """
 
 
@@ -73,6 +74,9 @@ def test_two_processes_end_with_the_weights_of_one(alone, tmp_path):
 def test_without_frozen_statistics_the_processes_agree_in_the_end(tmp_path):
     train(2, tmp_path / "two", 64, 1, "own")
     again = weights(tmp_path / "two")
+    for rank in range(2):
+        own = torch.load(tmp_path / "two" / f"own-{rank}.pt", weights_only=True)
+        assert all(torch.equal(again[k], own[k]) for k in again), rank
     assert not torch.equal(again["bn.running_mean"], lively(ms.resnet(8, 3)).bn.running_mean)
 
 

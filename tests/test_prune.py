@@ -81,7 +81,7 @@ class Unpadded(nn.Module):
         self.fc = nn.Linear(5 * 16, 4)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.leaky_relu(self.bn1(self.conv1(x)), 0.3)
         x = F.silu(self.bn2(self.conv2(x)))
         x = F.max_pool2d(self.bn3(self.conv3(x)).relu(), 2)
         return self.fc(torch.flatten(x, 1))

@@ -1,7 +1,9 @@
 """What a reader meets before the first cell: README, environments, badges, the stored notebooks."""
 
+import importlib.util
 import re
 import subprocess
+import sys
 import tomllib
 
 import nbformat
@@ -10,6 +12,7 @@ import yaml
 
 import mslib as ms
 from mslib import stamp
+from mslib.__main__ import main
 from mslib.course import NEEDS, REFERENCE
 from mslib.files import ROOT
 
@@ -21,17 +24,19 @@ LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def requirements(path):
     listed = yaml.safe_load((ROOT / path).read_text())["dependencies"]
     pip = next((d["pip"] for d in listed if isinstance(d, dict)), [])
-    return {re.split(r"[ <>=]", d)[0] for d in listed if isinstance(d, str)}, pip
+    return {re.split(r"[ <>=]", d)[0]: re.sub(r"^[\w-]+ ?", "", d) for d in listed if isinstance(d, str)}, pip
 
 
 @pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
 def test_conda_environments_hold_what_pyproject_asks_for(path):
     conda, pip = requirements(path)
-    conda = {{"pytorch": "torch", "pytorch-cpu": "torch"}.get(n, n) for n in conda}
-    assert {re.split(r"[<>=]", d)[0] for d in PROJECT["dependencies"]} <= conda
+    conda = {{"pytorch": "torch", "pytorch-cpu": "torch"}.get(n, n) + version for n, version in conda.items()}
     if path == "environment.yml":
-        extra = {re.split(r"[<>=]", d)[0] for d in PROJECT["optional-dependencies"]["test"]}
-        assert extra <= conda | {re.split(r"[<>=]", d)[0] for d in pip} and "-e ." in pip
+        wanted = {d for d in PROJECT["dependencies"] if d != "pandas"} | {*PROJECT["optional-dependencies"]["test"]}
+        assert wanted <= conda | {*pip} and "-e ." in pip
+    else:
+        assert {*PROJECT["dependencies"]} <= conda
+        assert any(re.fullmatch(r"python=3\.\d+", d) for d in conda), "repo2docker understands no range of versions"
 
 
 def test_binder_installs_the_course():
@@ -39,8 +44,15 @@ def test_binder_installs_the_course():
     assert script.stat().st_mode & 0o111 and "-e ." in script.read_text()
 
 
+def places(root):
+    """(file, "owner/name") for every badge, clone command and link to the repository in README and lessons."""
+    for path in (root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))):
+        for found in re.finditer(stamp.PLACES, path.read_text()):
+            yield path, found.group(0).removeprefix(found.group(1))
+
+
 def test_every_badge_and_link_has_the_address_of_pyproject():
-    found = list(stamp.places())
+    found = list(places(ROOT))
     assert {path.name for path, _ in found} == {"README.md", *(p.name for p in LESSONS)}
     assert {where for _, where in found} == {stamp.address()}
 
@@ -53,6 +65,27 @@ def test_readme_shows_what_was_measured(name, made):
         assert (ROOT / link).exists(), link
 
 
+def test_readme_says_in_words_what_was_measured():
+    """The points of "The result" follow from the reference run."""
+    top = ms.scoreboard(ms.reference().values()).set_index("network")["top-1 %"]
+    dense, scratch = top["dense, trained on as long"], top["scratch: same architecture"]
+
+    def behind(control, *names):
+        points = sorted(control - top[f"{name}: fine-tuned"] for name in names)
+        return f"{points[0]:.2f} to {points[-1]:.2f}"
+
+    cut = {name: top[f"{name}: before the cut"] - top[f"{name}: after the cut, folded"] for name in ("masked", "global")}
+    flow = [n.removesuffix(": fine-tuned") for n in top.index if n.startswith("feature flow") and n.endswith("fine-tuned")]
+    for words in (
+        f"costs {cut['masked']:.2f} points of test top-1 after the masked penalty, and {cut['global']:.0f} after the global one",
+        f"{behind(dense, 'global', 'masked')} points behind the dense network trained on for as long, "
+        f"{behind(scratch, 'global', 'masked')} behind the same small one trained from scratch",
+        f"end {behind(dense, 'GReg-1', 'GReg-2')} points behind the dense network",
+        f"ends {behind(dense, *flow)} points behind",
+    ):
+        assert words in README, words
+
+
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
     for path in (ROOT / "README.md", ROOT / "pyproject.toml", *LESSONS):
         target = tmp_path / path.relative_to(ROOT)
@@ -63,9 +96,9 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
             )
         )
     monkeypatch.setattr(stamp, "ROOT", tmp_path)
-    before = len(list(stamp.places()))
+    before = len(list(places(tmp_path)))
     assert len(stamp.stamp()) == 1 + len(LESSONS) and stamp.stamp() == []
-    after = list(stamp.places())
+    after = list(places(tmp_path))
     assert len(after) == before and {where for _, where in after} == {"me/my.course"}
     for path in (tmp_path / "notebooks").iterdir():
         nbformat.validate(nbformat.read(path, 4))
@@ -81,7 +114,13 @@ def test_links_in_readme_and_lessons_lead_somewhere():
 
 def test_readme_names_only_make_targets_and_commands_that_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make (run|test|lab|bench|notebooks|clean)\b", README)) <= targets and {"run", "test", "lab"} <= targets
+    code = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README))
+    assert {"run", "test", "lab", "bench"} <= set(re.findall(r"^make ([a-z]+)", code, re.M)) <= targets
+    commands = set(re.findall(r"python -m mslib (\w+)", code))
+    for command in commands:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+    assert {"run", "sweep", "reference"} <= commands
     for name in re.findall(r"ms\.(\w+)", README):
         assert hasattr(ms, name), name
     for module in re.findall(r"^\| (`\w+`(?: · `\w+`)+) \|", README, re.M):
@@ -106,8 +145,9 @@ def test_readme_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mslib.datasets.ROOT", tmp_path)
     code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "my_images.zip" in c)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), found := {})
     assert (tmp_path / "small.pt").exists() and (tmp_path / "small.onnx").exists()
+    assert ms.cost(found["small"], found["data"].example).macs <= 0.5 * ms.cost(found["model"], found["data"].example).macs
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
@@ -128,6 +168,24 @@ def test_stored_lessons(path):
     for part in ("Predict first", "## Exercises", "## To take away", "**Sources:**"):
         assert part in text, part
     assert text.count("<details>") == 2
+    assert not any("\\n" in o.get("text", "") for c in code for o in c.outputs), "a line break that was printed as two letters"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_on_colab_the_course_is_fetched_only_where_it_is_not(path, monkeypatch):
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cell = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    fetched = []
+    shell = type("Shell", (), {"system": fetched.append, "run_line_magic": lambda *_: None})
+    for there in (True, False):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda *_, there=there: there or None)
+        with monkeypatch.context() as m:
+            m.setattr(sys, "path", [*sys.path])
+            exec(TransformerManager().transform_cell(cell), {"get_ipython": lambda: shell})
+        assert len(fetched) == (not there)
+    assert stamp.address() in fetched[0]
 
 
 def test_all_lessons_are_there():

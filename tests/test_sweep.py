@@ -1,6 +1,5 @@
 """Sweeps through real papermill and real Dask processes, on a network so small that a run takes seconds."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from distributed import LocalCluster
 import mslib as ms
 from mslib.files import ROOT
 from mslib.sweep import grid
+
+from .conftest import kill_with_its_children
 
 SMALL = dict(depth=8, train_size=200, test_size=100, epochs=1, sparse_epochs=1, global_strength=[0.01, 0.02], seed=[0, 1])
 
@@ -51,9 +52,7 @@ def killed(tmp_path_factory):
     deadline = time.monotonic() + 300
     while len(finished(runs)) < 3 and time.monotonic() < deadline and sweep.poll() is None:
         time.sleep(0.05)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
-    time.sleep(3)  # its workers and their kernels notice and end
+    kill_with_its_children(sweep)
     before = finished(runs)
     assert 3 <= len(before) < 6, (runs / "log").read_text()  # of two baselines and four points
     again = run(runs, "-j", "2")
