@@ -81,7 +81,7 @@ def environment():
     return {
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
-        "hardware": f"{torch.cuda.get_device_name()} in {_cpu()}" if torch.cuda.is_available() else f"{_cpu()}, CPU",
+        "hardware": f"{torch.cuda.get_device_name()}, {_cpu()}" if torch.cuda.is_available() else f"{_cpu()}, CPU",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }
