@@ -114,8 +114,8 @@ class GrowingL2(Penalty):
         s = self.settings
         if iteration % s["every"]:
             return
-        masks = self.masks or masks_for_ratio(self.graph, s["reduction"], self.scores())
         sizes = {name: _size(w, self.units[name]) for name, w in self.weights.items()}  # these and `there` on the weights' device
+        masks = self.masks or masks_for_ratio(self.graph, s["reduction"], {name: size.cpu() for name, size in sizes.items()})
         there = {name: keep.to(sizes[name].device) for name, keep in masks.items()}
         self._remember(iteration, sizes, there)
         for name in self.weights:

@@ -33,7 +33,7 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
     if jobs < 1:
         raise ValueError(f"-j {jobs}: at least one process at a time, for example -j 2")
     points = {_name(point, settings): config(preset, **point) for point in grid(settings)}  # a bad setting: before the first run
-    for cfg in {cfg.dataset: cfg for cfg in points.values()}.values():
+    for cfg in {cfg.dataset: cfg for cfg in points.values() if not course.stage(lesson, cfg).finished}.values():
         course.data_of(cfg)  # downloaded and unpacked once, not by two processes at a time
     with ExitStack() as stack:
         if scheduler:
