@@ -91,7 +91,10 @@ def _sweep(options):
 
     settings = {}
     if options.file:
-        settings = yaml.safe_load(Path(options.file).read_text())
+        try:
+            settings = yaml.safe_load(Path(options.file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{options.file} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
             raise ValueError(f"{options.file}: expected lines such as 'seed: [0, 1, 2]', found {settings!r}")
     lesson, preset = str(settings.pop("lesson", "05")), settings.pop("preset", "auto")

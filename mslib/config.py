@@ -76,7 +76,8 @@ class Config:
 
     def up_to(self, lesson):
         """The settings that lessons 1 to `lesson` depend on: dict; a dataset's path is reduced to its name."""
-        return {f.name: _plain(f.name, getattr(self, f.name)) for f in _settings() if f.metadata["lesson"] <= lesson}
+        plain = replace(self, dataset=Path(self.dataset).name)
+        return {f.name: getattr(plain, f.name) for f in _settings() if f.metadata["lesson"] <= lesson}
 
     def overrides(self):
         """What differs from the preset: dict of parameters that make this configuration again from `preset`."""
@@ -160,6 +161,3 @@ def _check(cfg):
 def _settings():
     return [f for f in fields(Config) if "lesson" in f.metadata]
 
-
-def _plain(name, value):
-    return Path(value).name if name == "dataset" else value

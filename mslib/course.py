@@ -230,7 +230,7 @@ def _following(path, title, say):
         while not last:
             last = stop.wait(0.5)
             if path.exists():
-                with open(path) as log:
+                with open(path, encoding="utf-8") as log:
                     log.seek(seen)
                     for line in log.read().splitlines():
                         say(f"  {line}")

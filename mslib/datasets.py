@@ -5,7 +5,6 @@ import io
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -128,9 +127,8 @@ def _cifar(name, side):
     from torchvision import datasets
     from torchvision.transforms.v2.functional import resize
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        sets = [kind(ROOT / "data", train=train, download=True) for train in (True, False)]
+        sets = [getattr(datasets, name.upper())(ROOT / "data", train=train, download=True) for train in (True, False)]
     except Exception as error:
         raise OSError(
             f"{name} could not be downloaded to {ROOT / 'data'} ({error}); connect once, "
@@ -179,18 +177,17 @@ def _read_folder(path, image_size):
                 pixels = _decode(content, f"{path}: {name}", side)
                 side = side or pixels.shape[-1]
                 found[split][name] = (parts[-2], pixels)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as a folder, .tar.gz or .zip of images: {error}") from error
     val = found.pop("val")
     found["test"] = found["test"] or val
     for split, images in found.items():
         if not images:
             raise ValueError(f"{path} holds no {split} images; expected files like {split}/<class>/0001.png")
-    counts = {split: Counter(label for label, _ in images.values()) for split, images in found.items()}
-    classes = sorted(counts["train"])
+    labels = {split: {label for label, _ in images.values()} for split, images in found.items()}
+    classes = sorted(labels["train"])
     for split, other in (("test", "train"), ("train", "test")):
-        missing = sorted(set(counts[other]) - set(counts[split]))
-        if missing:
+        if missing := sorted(labels[other] - labels[split]):
             raise ValueError(f"{path}: class {missing[0]!r} is in {other}/ but has no image in {split}/; add some")
     if len(classes) < 2:
         raise ValueError(f"{path} has one class, {classes[0]!r}; a classifier needs at least two")
@@ -215,11 +212,8 @@ def _decode(content, name, side):
 
     try:
         image = Image.open(io.BytesIO(content))
-        if image.mode != "RGB":
-            image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "LA", "PA") else image.convert("RGB")
-        if side or image.width != image.height:
-            side = side or min(image.size)
-            image = image if image.size == (side, side) else image.resize((side, side))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "LA", "PA") else image.convert("RGB")
+        side = side or min(image.size)
+        return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} is not a readable image ({error}); remove it or replace it") from error

@@ -1,6 +1,7 @@
 """Feature flow regularization: keep the path of the features through the network short and straight (Wu et al. 2021)."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -67,14 +68,12 @@ def flows(model, images, layers=None):
     return runs(features)
 
 
-@contextmanager
 def _hooked(modules, hook):
-    handles = [m.register_forward_hook(hook) for m in modules.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """A context at whose end the forward hooks, set now, are gone."""
+    stack = ExitStack()
+    for m in modules.values():
+        stack.enter_context(m.register_forward_hook(hook))
+    return stack
 
 
 def followed(model, layers=None):
@@ -96,12 +95,7 @@ def _is_block(module):
 
 def runs(features):
     """Cut a list of tensors into stretches of two and more with the same shape."""
-    stretches = []
-    for x in features:
-        if stretches and stretches[-1][-1].shape == x.shape:
-            stretches[-1].append(x)
-        else:
-            stretches.append([x])
+    stretches = (list(same) for _, same in groupby(features, lambda x: x.shape))
     return [s for s in stretches if len(s) > 1]
 
 

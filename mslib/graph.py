@@ -9,6 +9,7 @@ removed together.
 
 import math
 import operator
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ class ChannelGraph:
     `outputs`, `norms`, `inputs`: module name -> ids of the channels it writes, scales, reads.
     `slopes`: the same of PReLUs. `constants`: reader -> what each channel it reads would hold with γ = 0. `pads`: option-A shortcuts.
     `norm_after`: convolution -> the BatchNorm that alone reads it. `norm_beside`: shortcut -> the BatchNorm it is added to.
+    `calls`: module name -> how often it is called.
     `root[id]`: the id that stands for all ids joined with it. `reasons`: root -> why it must stay.
 
     Raises ValueError when the network cannot be traced.
@@ -70,6 +72,7 @@ class ChannelGraph:
                 f"{type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
                 "its forward must not branch on tensor values"
             ) from error
+        self.calls = Counter(node.target for node in nodes if node.op == "call_module")
         values = {}
         for node in nodes:
             values[node] = self._visit(node, values)
@@ -118,10 +121,8 @@ class ChannelGraph:
             return None
         target = self.modules[node.target] if node.op == "call_module" else node.target
         kind = type(target) if node.op == "call_module" else target
-        if isinstance(target, nn.Module) and type(target).__module__.startswith("torch.nn") or kind is PaddedShortcut:
-            layer = self._layer(node.target, target, known[0] if known else None, node)
-            if layer is not NotImplemented:
-                return layer
+        if node.op == "call_module" and (layer := self._layer(node.target, target, known[0] if known else None, node)):
+            return layer
         if not known:
             return None  # the network's input, or a shape
         value = known[0]
@@ -131,16 +132,15 @@ class ChannelGraph:
             return Value(value.ids, value.dead, value.constant)
         if kind in ELEMENTWISE and len(known) == 1:
             return self._elementwise(value, target, node)
-        if kind in POOLING and len(known) == 1 and _pools(node, kind):
+        if kind in POOLING and len(known) == 1 and _pools(node, kind, target):
             return Value(value.ids, value.dead, value.constant)
         if kind is F.pad and len(node.args) == 2 and len(node.args[1]) <= 4 and not node.kwargs:
             return Value(value.ids, value.dead, value.constant)  # zeros around the image
         if kind in (*ADDITION, *PRODUCT) and len(known) == len(node.args) == 2 and not node.kwargs and len(known[0].ids) == len(known[1].ids):
             return self._join_values(*known, product=kind in PRODUCT)
         if kind is torch.cat and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (-3,)) and len(known) == len(inputs):
-            parts = [values[n] for n in node.args[0]] if isinstance(node.args[0], (list, tuple)) else []
-            if parts:
-                return Value(*(torch.cat([getattr(part, key) for part in parts]) for key in ("ids", "dead", "constant")))
+            parts = [values[n] for n in node.args[0]]
+            return Value(*(torch.cat([getattr(part, key) for part in parts]) for key in ("ids", "dead", "constant")))
         if kind in SHAPES and (kind == "size" or kind == "dim" or node.args[1] in ("shape", "ndim")):
             return None
         if kind in ("view", "reshape", torch.reshape) and node.args[-1] == -1 and len(node.args) == 3:
@@ -153,7 +153,7 @@ class ChannelGraph:
         return None
 
     def _layer(self, name, m, value, node):
-        """A layer with weights; NotImplemented for any other."""
+        """What a layer with weights makes; None for any other."""
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             width, groups = (m.out_channels, m.groups) if isinstance(m, nn.Conv2d) else (m.out_features, 1)
             if value is not None and groups > 1 and groups == m.in_channels:
@@ -184,7 +184,7 @@ class ChannelGraph:
             constant = torch.cat([torch.zeros(1), value.constant])[source]
             self.pads[name] = (value.ids, out, constant)
             return Value(out, dead, constant, name)
-        return NotImplemented
+        return None
 
     def _depthwise(self, name, m, value):
         """Each channel for itself: what it writes has the ids of what it reads."""
@@ -203,7 +203,8 @@ class ChannelGraph:
             self._join(ids[: len(other)], other)
         self._keep(ids[~dead], f"{name} reads it before any BatchNorm has scaled it")
         self._note(self.inputs, name, ids)
-        self.constants[name] = constant
+        same = constant == self.constants.get(name, constant)  # a layer called twice may read two constants
+        self.constants[name] = torch.where(same, constant, torch.nan)
 
     def _spread(self, name, value, features):
         """(ids, dead, constant) of a tensor, one a feature where it was flattened with its pixels."""
@@ -270,11 +271,8 @@ class ChannelGraph:
             keep[self.root[ids] if mask is None else self.root[ids][mask.cpu()]] = True
         keep[list(self.reasons)] = True
         drop &= ~keep
-        changed = True
-        while changed:  # a padded channel is empty only if the channel that it copies goes too
-            wrong = [int(self.root[j]) for j, i in self.needs if drop[self.root[j]] and not drop[self.root[i]]]
-            changed = bool(wrong)
-            drop[wrong] = False
+        while wrong := [int(self.root[j]) for j, i in self.needs if drop[self.root[j]] and not drop[self.root[i]]]:
+            drop[wrong] = False  # a padded channel is empty only if the channel that it copies goes too
         return drop[self.root]
 
     def share_left(self, layer, drop):
@@ -287,11 +285,13 @@ class ChannelGraph:
         return [name for name, ids in self.outputs.items() if drop[ids].all()]
 
 
-def _pools(node, kind):
-    """Whether flatten starts behind the channels and mean is taken over the pixels: both leave channels apart."""
+def _pools(node, kind, target):
+    """Whether flatten takes the channels and all behind, and mean the pixels: both leave channels apart."""
     rest = [*node.args[1:], *node.kwargs.values()]
+    if kind is nn.Flatten:
+        return (target.start_dim, target.end_dim) == (1, -1)
     if kind in ("flatten", torch.flatten):
-        return rest[:1] == [1]
+        return rest in ([1], [1, -1])
     if kind in ("mean", torch.mean):
-        return bool(rest) and sorted(d % 4 for d in rest[0]) == [2, 3] if rest and not isinstance(rest[0], int) else False
+        return bool(rest) and not isinstance(rest[0], int) and sorted(d % 4 for d in rest[0]) == [2, 3]
     return True

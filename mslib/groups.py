@@ -37,10 +37,8 @@ class Groups(list):
         ]  # fmt: skip
         return pd.DataFrame(rows).dropna(axis=1, how="all")
 
-    def __str__(self):
+    def __repr__(self):
         return self.table().to_string(float_format="%.2f")
-
-    __repr__ = __str__
 
     def _repr_html_(self):
         return self.table().to_html(float_format="%.2f")

@@ -165,14 +165,13 @@ def _size(w, unit):
 
 def _weights(graph, masks, unstructured):
     """Mask name -> the convolution's weight that it speaks of."""
-    modules = graph.modules
+    modules, writer = graph.modules, graph.conv_before
     if masks is None and unstructured:
         masks = {n: None for n, m in modules.items() if isinstance(m, nn.Conv2d)}
     elif masks is None:
-        masks = dict.fromkeys(graph.prunable_norms())
+        masks = dict.fromkeys(n for n in graph.prunable_norms() if n in writer)
     else:
         check_masks(graph, {n: m for n, m in masks.items() if m.ndim == 1})
-    writer = graph.conv_before
     found = {}
     for name, mask in masks.items():
         conv = name if isinstance(modules.get(name), nn.Conv2d) else writer.get(name)

@@ -203,17 +203,12 @@ def load(path, model=None):
     if model is None:
         if not content["recipe"]:
             raise ValueError(f"{path} holds a network that mslib does not build; pass an unpruned one: load(path, model)")
-        model = build(content["recipe"])
+        recipe = dict(content["recipe"])  # such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}
+        kind = recipe.pop("network")
+        if kind not in NETWORKS:
+            raise ValueError(f"{path}: unknown network {kind!r}; known: {', '.join(NETWORKS)}")
+        model = NETWORKS[kind](**recipe)
     return resize(model, content["state"], path)
-
-
-def build(recipe):
-    """The network of a recipe such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}."""
-    arguments = dict(recipe)
-    network = arguments.pop("network")
-    if network not in NETWORKS:
-        raise ValueError(f"unknown network {network!r}; known: {', '.join(NETWORKS)}")
-    return NETWORKS[network](**arguments)
 
 
 def resize(model, state, origin="the state"):

@@ -111,10 +111,8 @@ class _GammaL1(Penalty):
             raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
         if not chosen:
             raise ValueError(f"{type(model).__name__}: no BatchNorm to penalize; ms.channel_groups(model) says which are prunable")
-        modules = dict(model.named_modules())
-        self.strength, self.proximal = float(strength), proximal
-        self.chosen = chosen
-        self.gammas = [modules[name].weight for name in chosen]
+        self.strength, self.proximal, self.chosen = float(strength), proximal, chosen
+        self.gammas = [model.get_submodule(name).weight for name in chosen]
         self.penalized = torch.cat([c.cpu() for c in chosen.values()])
 
     def __repr__(self):
@@ -148,9 +146,8 @@ class GlobalL1(_GammaL1):
     """
 
     def __init__(self, model, strength, residual=False, proximal=False):
-        norms = dict(model.named_modules())
         names = ChannelGraph(model).prunable_norms(residual)
-        super().__init__(model, {n: torch.ones_like(norms[n].weight, dtype=torch.bool) for n in names}, strength, proximal)
+        super().__init__(model, {n: torch.ones_like(model.get_submodule(n).weight, dtype=torch.bool) for n in names}, strength, proximal)
 
 
 class MaskedL1(_GammaL1):

@@ -117,6 +117,7 @@ def kept_channels(masks, title):
 def trajectories(flows, title):
     """The way of the first image through each stage, in the plane of its two main directions. `flows`: dict[name -> ms.flows]."""
     _, axes = figure(title, columns=len(next(iter(flows.values()))))
+    axes = np.atleast_1d(axes)  # one stretch makes one axis
     for s, ax in enumerate(axes):
         ways = {name: torch.stack(stretches[s])[:, 0].flatten(1) for name, stretches in flows.items()}  # [layers, features]
         points = torch.cat(list(ways.values()))
@@ -132,9 +133,8 @@ def bars(table, title, value, unit):
     """Horizontal bars of one column, a bar a network."""
     fig, ax = figure(title, 8, 0.42 * len(table) + 1.2)
     y = np.arange(len(table))[::-1]
-    ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table.network])
-    for yy, v in zip(y, table[value]):
-        ax.annotate(f"{v:,.2f}", (v, yy), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    drawn = ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table.network])
+    ax.bar_label(drawn, fmt="{:,.2f}", padding=3, fontsize=8)
     ax.set_yticks(y, table.network)
     ax.grid(visible=False, axis="y")
     ax.set(xlabel=unit)

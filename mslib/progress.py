@@ -26,7 +26,7 @@ class Progress:
             return
         line = f"{self.title}: {text}"
         if keep and os.environ.get("MSLIB_LOG"):
-            with open(os.environ["MSLIB_LOG"], "a") as log:
+            with open(os.environ["MSLIB_LOG"], "a", encoding="utf-8") as log:
                 log.write(line + "\n")
         if not keep and time.monotonic() - self.shown < 0.5:
             return

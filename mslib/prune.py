@@ -35,9 +35,7 @@ def prune(model, masks, example=None, fold_bias=False):
     if fold_bias:
         _fold(graph, drop)
     state = small.state_dict()
-    for name, ids in (graph.outputs | graph.slopes).items():
-        _cut(state, name, ("weight", "bias"), 0, ~drop[ids])
-    for name, ids in graph.norms.items():
+    for name, ids in (graph.outputs | graph.slopes | graph.norms).items():
         _cut(state, name, ("weight", "bias", "running_mean", "running_var"), 0, ~drop[ids])
     for name, ids in graph.inputs.items():
         _cut(state, name, ("weight",), 1, ~drop[ids[: state[f"{name}.weight"].shape[1]]])  # grouped: all groups lose the same
@@ -71,8 +69,9 @@ def _fold(graph, drop):
         groups = getattr(layer, "groups", 1)
         weight = layer.weight.reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1).sum(3)
         sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()
-        if name in graph.norm_after:
-            graph.modules[graph.norm_after[name]].running_mean -= sent
+        norm = graph.norm_after.get(name)
+        if norm and graph.calls[name] == graph.calls[norm] == 1:
+            graph.modules[norm].running_mean -= sent
         elif layer.bias is not None:
             layer.bias += sent
         else:

@@ -1,6 +1,7 @@
 """The folder of one training: its settings, checkpoints that survive a crash, and what it measured."""
 
 import logging
+import math
 import platform
 import re
 from datetime import date
@@ -22,7 +23,7 @@ class Run:
     """
 
     def __init__(self, path, settings):
-        self.path, self.settings = Path(path), settings
+        self.path = Path(path)
         if (self.path / "settings.json").exists():
             check_settings(self.path, read_json(self.path / "settings.json"), settings)
         else:
@@ -71,9 +72,7 @@ def check_settings(folder, have, want):
 
 def _same(a, b):
     """Equal, numbers up to 1e-5 of themselves (a drawn weight may differ in its last bit between machines)."""
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-5 * max(abs(a), abs(b))
-    return a == b
+    return a == b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
 
 
 def environment():

@@ -70,7 +70,7 @@ def fit(
     """
     if epochs < 1 or lr <= 0 or batch_size < 1:
         raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
-    if batch_size % parallel.world():
+    if isinstance(data.train, Split) and batch_size % parallel.world():
         raise ValueError(f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple")
     device = pick_device(device)
     if device.type == "cpu":
@@ -166,7 +166,7 @@ def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show)
                 group["lr"] = rates[i]
             _optional(penalty, "step")(iteration + i)
             optimizer.zero_grad()
-            with autocast(device, precision):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = nn.functional.cross_entropy(model(x), y)
             extra = penalty() if penalty else torch.zeros((), device=device)
             (loss + extra).backward()
@@ -201,7 +201,7 @@ def evaluate(model, split, batch_size=500, precision="fp32"):
     model.eval()
     correct = seen = 0
     for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
-        with autocast(device, precision):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
         seen += len(y)
     model.train(training)
@@ -230,10 +230,6 @@ def all_gammas(model):
     """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
     gammas = [m.weight.detach().abs().flatten() for _, m in batch_norms(model)]
     return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()
-
-
-def autocast(device, precision):
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def pick_device(device="auto"):

@@ -148,6 +148,16 @@ def test_an_archive_with_a_damaged_member(folder):
         ms.load_data(path)
 
 
+def test_an_archive_with_a_password(folder):
+    path = pack(folder, "zip")
+    content = path.read_bytes()
+    for sign, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag "encrypted" in both headers of each file
+        content = b"".join(part if i == 0 else sign + part[: place - 4] + b"\1" + part[place - 3 :] for i, part in enumerate(content.split(sign)))
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="images.zip cannot be read .* encrypted, password required"):
+        ms.load_data(path)
+
+
 def test_missing_path_and_unknown_name():
     with pytest.raises(FileNotFoundError, match="'cifar11' is none of shapes, cifar10, cifar100"):
         ms.load_data("cifar11")

@@ -165,3 +165,11 @@ def test_flows_are_the_features_of_evaluation_and_leave_the_network_as_it_was():
     with pytest.raises(RuntimeError):
         ms.flows(model, torch.randn(2, 5, 16, 16))
     assert not hooks(model)
+
+
+def test_a_network_with_one_stretch_is_drawn():
+    from mslib import plots
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    plots.trajectories({"one": ms.flows(model, torch.randn(2, 3, 8, 8))}, "One stretch")
+    assert len(plots.plt.gca().lines[0].get_xdata()) == 2

@@ -226,3 +226,11 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         ms.GrowingL2(ms.resnet(8), **settings)
+
+
+def test_greg2_leaves_alone_what_no_convolution_writes_by_itself():
+    """In a DenseNet many BatchNorms scale what was put together."""
+    model = ms.network("densenet121", 3)
+    penalty = ms.GrowingL2(model, reduction=0.5)
+    assert "features.denseblock1.denselayer1.norm2" in penalty.weights
+    assert "features.denseblock1.denselayer2.norm1" not in penalty.weights

@@ -146,6 +146,14 @@ def test_fit_from_a_folder(folder, workers, tmp_path):
     assert not torch.equal(ms.recalibrate(model, data.train, images=60, batch_size=30).bn.running_mean, mean)
 
 
+def test_batches_of_a_folder_are_shared_as_they_were_made(folder, monkeypatch):
+    """`fit` has no say in the size of batches that others make: its default, 128, is no multiple of 3."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    data = ms.load_folder(folder, size=16, batch_size=96)
+    with pytest.raises(ValueError, match="unknown schedule"):  # the next thing that it checks
+        ms.fit(ms.resnet(8, 3), data, epochs=1, lr=0.1, schedule="none")
+
+
 def test_bad_folders_and_crops_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="crop=8: the smallest share of the area"):
         ms.load_folder(folder, crop=8)

@@ -81,6 +81,32 @@ def test_fold_bias_is_exact_without_a_border():
     assert difference(ms.prune(model, masks, x), gamma_only, x) > 1e-2  # the shifts did matter
 
 
+@pytest.mark.parametrize("conv, norm", [("a", "a"), ("a", "b"), ("b", "a")])
+def test_fold_bias_is_exact_where_a_layer_is_called_twice(conv, norm):
+    """The second calls are of convolution `conv` and BatchNorm `norm`: the first ones' own are "a"."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn1, self.bn2 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+            self.conv = nn.ModuleDict({key: nn.Conv2d(6, 6, 1, bias=False) for key in {"a", conv}})
+            self.norm = nn.ModuleDict({key: nn.BatchNorm2d(6) for key in {"a", norm}})
+            self.last = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.bn1(self.first(x)).relu()
+            x = self.bn2(self.norm["a"](self.conv["a"](x))).relu()
+            return self.last(self.norm[norm](self.conv[conv](x)).relu())
+
+    model, x = lively(Twice()), torch.randn(2, 3, 8, 8)
+    keep = torch.arange(6) != 2
+    masks = dict.fromkeys([name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)], keep)
+    gamma_only = ms.zero_masked(model, masks, keep_bias=True)
+    assert difference(ms.prune(model, masks, x, fold_bias=True), gamma_only, x) < 1e-5
+    carried = difference(ms.prune(model, masks, x), gamma_only, x)
+    assert carried > 1e-3 if conv == "b" else carried == 0  # one that reads two constants can carry neither
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_fold_bias_is_exact_in_the_middle_of_a_large_image(residual):
     """Only the border differs: the features of the middle pixels of a constant-free path agree."""
@@ -201,6 +227,14 @@ def test_norms_without_gammas_or_statistics_stay_whole(norm):
     assert list(masks) == ["3"] and "has no" in ms.channel_groups(model)[0].reason
     assert ms.prune(model, masks, x, fold_bias=True)[2].out_channels == 4
     ms.outgoing_norms(model), ms.weight_norms(model, scaled=True)
+
+
+def test_a_flatten_that_leaves_the_channels_alone_is_not_cut_through():
+    """nn.Flatten(2), then a linear layer: it reads the pixels of each channel, not channels."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(2), nn.Linear(16, 2))
+    model, x = lively(model), torch.randn(1, 3, 4, 4)
+    assert [bool(g.reason) for g in ms.channel_groups(model)][:2] == [False, True]
+    assert ms.prune(model, {"1": torch.arange(4) > 0}, x)(x).shape == (1, 4, 2)
 
 
 def test_untraceable_network():

@@ -95,11 +95,14 @@ def test_a_failed_point_is_reported_and_the_others_end(tmp_path):
 
 
 def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, capsys):
+    broken = tmp_path / "broken.yml"
+    broken.write_text("seed: [0, 1")
     for words, message in (
         (("-p", "sed", "1"), "unknown setting 'sed'; did you mean 'seed'"),
         (("-p", "seed", "-p", "lr", "0.1"), "-p seed: expected one or more values"),
         (("--lesson", "77"), "unknown lesson '77'"),
         ((str(tmp_path / "none.yml"),), "none.yml"),
+        ((str(broken),), "broken.yml is not valid YAML: "),
     ):
         assert main(command(tmp_path, *words)[3:]) == 2 and message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [broken]
