@@ -3,16 +3,18 @@
 import re
 import tomllib
 
+import pandas as pd
+
 from . import course
 from .files import ROOT, read_json, replacing
 
 PLACES = r"(github\.com/|/github/|/v2/gh/)[\w.-]+/[\w.-]+?(?=(\.git)?[/\s\"')\]\\]|$)"
-SECTION = re.compile(r"(<!-- (results|bench) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+SECTION = re.compile(r"(<!-- (results|comparison|bench) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
 def address():
     """ "owner/name" of the repository, from [project.urls] in pyproject.toml."""
-    url = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    url = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
     return url.removeprefix("https://github.com/").rstrip("/")
 
 
@@ -36,6 +38,27 @@ def results():
     )
 
 
+def comparison():
+    """The README's table of methods, in Markdown, from data/reference/comparison-cifar10.csv: means over seeds ± sd."""
+    table = pd.read_csv(course.REFERENCE / "comparison-cifar10.csv")
+    cells = table.assign(lost=table.before - table.folded).groupby(["method", "reduction"])[["lost", "top1"]].agg(["mean", "std"])
+    order, reductions = table.groupby("method").top1.mean().sort_values(ascending=False).index, sorted(table.reduction.unique())
+    heads = ["method", *(f"−{r:.0%}: {what}" for r in reductions for what in ("lost at the cut", "top-1 % in the end"))]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for method in order:
+        row = [method]
+        for r in reductions:
+            found = cells.loc[method, r]
+            row += ["" if method == "scratch" else f"{found['lost', 'mean']:.1f}", f"{found['top1', 'mean']:.2f} ± {found['top1', 'std']:.2f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    first = table.iloc[0]
+    return "\n".join(lines) + (
+        f"\n\nResNet-{first.depth} on CIFAR-10 (JPEG copy), {first.epochs} epochs each, means over seeds {', '.join(map(str, sorted(table.seed.unique())))} "
+        f"± their standard deviation; {table.date.min()} to {table.date.max()}, {first.hardware}, 1 thread, torch {first.torch}; "
+        "[the table](data/reference/comparison-cifar10.csv), [the sweep](data/reference/comparison-cifar10.yml).\n"
+    )
+
+
 def benchmarks():
     """The README's table of `make bench`, in Markdown, from data/reference/bench.json."""
     found = read_json(course.REFERENCE / "bench.json")
@@ -49,16 +72,15 @@ def benchmarks():
 def stamp():
     """Write the address of pyproject.toml everywhere and the results into README; returns the files that changed."""
     changed = []
-    for path in _files():
-        text = path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))):
+        text = path.read_text(encoding="utf-8")
         new = re.sub(PLACES, lambda m: m.group(1) + address(), text)
-        new = SECTION.sub(lambda m: m.group(1) + {"results": results, "bench": benchmarks}[m.group(2)]() + m.group(4), new)
+        new = SECTION.sub(lambda m: m.group(1) + MADE[m.group(2)]() + m.group(4), new)
         if new != text:
             with replacing(path) as beside:
-                beside.write_text(new)
+                beside.write_text(new, encoding="utf-8")
             changed.append(path.relative_to(ROOT))
     return changed
 
 
-def _files():
-    return [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+MADE = {"results": results, "comparison": comparison, "bench": benchmarks}

@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -57,10 +58,10 @@ def test_every_badge_and_link_has_the_address_of_pyproject():
     assert {where for _, where in found} == {stamp.address()}
 
 
-@pytest.mark.parametrize("name, made", [("results", stamp.results), ("bench", stamp.benchmarks)])
-def test_readme_shows_what_was_measured(name, made):
+@pytest.mark.parametrize("name", stamp.MADE)
+def test_readme_shows_what_was_measured(name):
     shown = next(m.group(3) for m in stamp.SECTION.finditer(README) if m.group(2) == name)
-    assert shown == made(), "run `python -m mslib stamp`"
+    assert shown == stamp.MADE[name](), "run `python -m mslib stamp`"
     for link in re.findall(r"\]\(([^)]+)\)", shown):
         assert (ROOT / link).exists(), link
 
@@ -84,6 +85,25 @@ def test_readme_says_in_words_what_was_measured():
         f"ends {behind(dense, *flow)} points behind",
     ):
         assert words in README, words
+
+
+def test_readme_says_in_words_how_the_methods_compare():
+    table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
+    top = table.pivot(index=["reduction", "seed"], columns="method", values="top1").groupby("reduction").mean()
+    ahead = top.drop(columns="scratch").sub(top.scratch, axis=0)
+    half, more, over_all = ahead.loc[0.5], ahead.loc[0.7], ["masked", "global", "l1-norm"]
+    alike = ["uniform", "random", "greg-1", "greg-2", "flow"]
+    lost = table[table.reduction == 0.5].assign(lost=lambda t: t.before - t.folded).groupby("method").lost.mean().drop("scratch")
+    aimed = ["masked", "greg-1", "greg-2"]
+    for words in (
+        f"leads, by {-half.uniform:.2f} points over *uniform*",
+        f"by {-half.drop('uniform').max():.2f} to {-half.min():.2f} over the others",
+        f"{-more[alike].min():.2f} points behind to {more[alike].max():.2f} ahead",
+        "(*masked*, *global*, *l1-norm*) ends {:.2f}, {:.2f} and {:.2f} behind".format(*-more[over_all]),
+        f"they lose {lost[aimed].max():.1f} points at most, the others {lost.drop(aimed).min():.0f} to {lost.max():.0f}.",
+    ):
+        assert words in README, words
+    assert more.nsmallest(3).index.tolist() == over_all[::-1]
 
 
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
