@@ -99,7 +99,7 @@ def test_readme_says_in_words_how_the_methods_compare():
         f"leads, by {-half.uniform:.2f} points over *uniform*",
         f"by {-half.drop('uniform').max():.2f} to {-half.min():.2f} over the others",
         f"{-more[alike].min():.2f} points behind to {more[alike].max():.2f} ahead",
-        "(*masked*, *global*, *l1-norm*) ends {:.2f}, {:.2f} and {:.2f} behind".format(*-more[over_all]),
+        "*masked*, *global* and *l1-norm* end {:.2f}, {:.2f} and {:.2f} behind".format(*-more[over_all]),
         f"they lose {lost[aimed].max():.1f} points at most, the others {lost.drop(aimed).min():.0f} to {lost.max():.0f}.",
     ):
         assert words in README, words
