@@ -160,4 +160,3 @@ def _check(cfg):
 
 def _settings():
     return [f for f in fields(Config) if "lesson" in f.metadata]
-

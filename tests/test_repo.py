@@ -1,15 +1,18 @@
 """What a reader meets before the first cell: README, environments, badges, the stored notebooks."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
 import tomllib
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 import mslib as ms
 from mslib import stamp
@@ -104,6 +107,42 @@ def test_readme_says_in_words_how_the_methods_compare():
     ):
         assert words in README, words
     assert more.nsmallest(3).index.tolist() == over_all[::-1]
+
+
+def test_lesson_08_says_in_words_what_its_tables_say():
+    """What the prose of lesson 08 adds to the tables printed in it."""
+    text = "\n".join(c.source for c in nbformat.read(ROOT / "notebooks" / "08_method_comparison.ipynb", 4).cells)
+    table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
+    half, wide = table[table.reduction == 0.5], table.pivot(index=["reduction", "seed"], columns="method", values="top1")
+    kept = {row.method: [] for row in half.itertuples()}  # method -> a list of layers a seed
+    for row in half.sort_values("seed").itertuples():
+        kept[row.method].append([np.array(list(layer)) == "1" for layer in row.kept.split()])
+
+    def above_chance(a, b):
+        """How much more the masks of two methods share than lots of the same share of each layer would."""
+        gaps = []
+        for one, other in zip(kept[a], kept[b]):
+            x, y, by_lot = np.concatenate(one), np.concatenate(other), sum(len(p) * p.mean() * q.mean() for p, q in zip(one, other))
+            gaps.append((x & y).sum() / (x | y).sum() - by_lot / (x.sum() + y.sum() - by_lot))
+        return np.mean(gaps)
+
+    pairs = [above_chance(a, b) for a, b in itertools.combinations(("uniform", "flow", "global", "l1-norm"), 2)]
+    same = [(np.concatenate(g) & np.concatenate(u)).sum() / np.concatenate(u).sum() for g, u in zip(kept["greg-2"], kept["uniform"])]
+    grown, aimed = (wide[a].sub(wide[b]).groupby("reduction").agg(["mean", "std"]) for a, b in (("uniform", "greg-1"), ("masked", "global")))
+    p = [stats.ttest_1samp((wide[m] - wide.uniform).loc[0.7], 0).pvalue for m in ("global", "l1-norm")]
+    final = table[~table.method.isin(["scratch", "l1-norm"])].groupby("reduction").final
+    lead = (wide.scratch.loc[0.5] - pd.read_csv(REFERENCE / "learning-rate-cifar10.csv").query("finetune_lr == 0.05").set_index("seed").top1)
+    for words in (
+        f"share {min(pairs):.2f} to {max(pairs):.2f} more than lots",
+        f"keeps {np.mean(same):.0%} of what".replace("%", " %"),
+        "Growing L2 ends {:.2f} ± {:.2f} and {:.2f} ± {:.2f} points behind".format(*grown.to_numpy().ravel()),
+        "is worth {:+.2f} ± {:.2f} and {:+.2f} ± {:.2f} points in the end".format(*aimed.to_numpy().ravel()),
+        f"paired p = {p[0]:.3f} and {p[1]:.3f}, uncorrected",
+        "stand within {:.1f} points (at 70 % less, {:.1f})".format(*(final.max() - final.min())),
+        f"lead of {lead.mean():.2f} ± {lead.std():.2f} has p = {stats.ttest_1samp(lead, 0).pvalue:.3f}",
+    ):
+        assert words in text, words
+    assert (wide.uniform > wide["greg-1"]).all() and wide[["global", "masked"]].lt(wide.scratch, axis=0).all(axis=None)
 
 
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
