@@ -10,7 +10,7 @@ from .datasets import KNOWN, find_dataset
 from .files import nearest, relative
 from .train import SCHEDULES
 
-METHODS = ("random", "uniform", "l1-norm", "global", "masked", "greg-1", "greg-2", "flow", "scratch")
+METHODS = ("random", "uniform", "l1-norm", "global", "masked", "greg-1", "greg-2", "flow", "scratch", "scratch-uniform")
 
 
 def _setting(default, lesson, doc, low=None, high=None, known=None):

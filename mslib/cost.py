@@ -59,13 +59,15 @@ class Latency:
 
 
 @torch.no_grad()
-def latency(model, example, seconds=1.0, fold=True):
+def latency(model, example, seconds=1.0, compiled=False):
     """Time `model` on `example` [N, C, H, W] for about `seconds`, warm, in evaluation mode, channels last.
 
-    `fold`: with BatchNorms folded into the convolutions before them, as a network is deployed; one that torch.fx cannot
-    trace is timed as it is, and a log line says so. `model` may be the path of an .onnx file: that is timed in ONNX
-    Runtime on the CPU. Compare two networks in one session only, and read the ratio: milliseconds are of this machine
-    at this moment.
+    As it is deployed: with BatchNorms folded into the convolutions before them; a network that torch.fx cannot trace is
+    timed as it is, and a log line says so. `compiled`: by torch.compile, which also does additions and ReLUs in the
+    convolutions before them, and lays the weights out for the processor; half a minute of preparation, and on a CPU it
+    needs a C++ compiler. `model` may be the path of an .onnx file: that is timed in ONNX Runtime on the CPU.
+    Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
+    Raises RuntimeError where torch.compile cannot do its work.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
@@ -75,13 +77,20 @@ def latency(model, example, seconds=1.0, fold=True):
         run = lambda x: file.run(None, {"images": x})  # noqa: E731
     else:
         run = copy.deepcopy(model).eval()
-        if fold:
-            try:
-                run = fuse(run)
-            except Exception as error:
-                log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
+        try:
+            run = fuse(run)
+        except Exception as error:
+            log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
         run = run.to(memory_format=torch.channels_last)
         x = example.to(next(run.parameters()).device, memory_format=torch.channels_last)
+        if compiled:
+            torch.compiler.reset()  # after eight networks it would give up
+            run = torch.compile(run, options={"freezing": True})
+            try:
+                run(x)
+            except Exception as error:  # of many kinds, by what is missing
+                why = str(error).strip().splitlines()[0]
+                raise RuntimeError(f"torch.compile cannot compile {type(model).__name__} here: {why}; install g++, or leave compiled=False") from error
     threads = torch.get_num_threads()
     timer = Timer("model(x)", globals={"model": run, "x": x}, num_threads=threads)
     timer.timeit(3)  # warm

@@ -2,19 +2,28 @@
 
 import json
 
-from mslib.bench import bench, captured
+import torch
+
+from mslib.bench import _compiles, bench, captured
 
 
-def test_the_table(tmp_path):
-    lines = []
+def test_the_table(tmp_path, monkeypatch):
+    lines, compiled = [], []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)  # test_cost and test_train compile
     table = bench(tmp_path / "bench.json", depth=8, images=160, rounds=1, seconds=0.02, size=64, say=lines.append)
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["rows"] == table.to_dict("records") and {"hardware", "threads", "torch", "date"} <= written.keys()
-    assert len(table) == len(lines) == 8 and (table[["ours", "theirs", "ratio"]] > 0).all(axis=None)
+    assert len(table) == len(lines) == 15 and (table[["ours", "theirs", "ratio"]] > 0).all(axis=None)
     promise = table[table.what.str.startswith("speed-up")].theirs
     assert ((promise > 1.99) & (promise < 2.5)).all()  # half of the MACs gone
+    assert len(compiled) == 1 + 1 + 2 * 6  # whether it works, one training, and both networks of each compiled row
     pruning = table[table.what.str.startswith("pruning")].iloc[0]
     assert pruning.ratio == pruning.theirs / pruning.ours  # less is better
+
+
+def test_without_a_compiler_the_rows_that_need_it_are_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda x: (_ for _ in ()).throw(OSError("no C++ compiler")))
+    assert not _compiles() and "torch.compile does not work here, its rows are left out: no C++ compiler" in caplog.text
 
 
 def test_the_bound_is_the_time_to_move_what_the_convolutions_read_and_write(monkeypatch):

@@ -49,20 +49,28 @@ def test_latency_measures_something():
     assert measured.median > 0 and measured.batch_size == 2 and str(measured)
 
 
-@pytest.mark.parametrize("fold", [True, False])
-def test_latency_is_of_the_network_as_deployed(fold, monkeypatch, caplog):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_latency_is_of_the_network_as_deployed(compiled, monkeypatch, caplog):
     """With BatchNorms folded into the convolutions before them, if it can be traced; the network itself keeps them."""
     seen, model = [], ms.resnet(8)
     original = torch.utils.benchmark.Timer.timeit
     monkeypatch.setattr(torch.utils.benchmark.Timer, "timeit", lambda self, n: (seen.append(self), original(self, n))[1])
-    ms.latency(model, x := torch.randn(2, 3, 8, 8), seconds=0.01, fold=fold)
+    ms.latency(model, x := torch.randn(2, 3, 8, 8), seconds=0.01, compiled=compiled)
     timed = seen[0]._globals["model"]
-    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in timed.modules()) != fold
-    assert torch.allclose(timed(x), model.eval()(x), atol=1e-5) and isinstance(model.bn, torch.nn.BatchNorm2d)
+    assert isinstance(timed, torch._dynamo.eval_frame.OptimizedModule) == compiled
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in timed.modules())
+    with torch.no_grad():
+        assert torch.allclose(timed(x), model.eval()(x), atol=1e-5) and isinstance(model.bn, torch.nn.BatchNorm2d)
 
     class Branching(torch.nn.Conv2d):
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
-    assert ms.latency(Branching(3, 3, 1), x, seconds=0.01, fold=fold).median > 0
-    assert ("Branching is timed with its BatchNorms" in caplog.text) == fold
+    assert ms.latency(Branching(3, 3, 1), x, seconds=0.01, compiled=compiled).median > 0
+    assert "Branching is timed with its BatchNorms" in caplog.text
+
+
+def test_latency_says_when_nothing_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda x: (_ for _ in ()).throw(OSError("no C++ compiler")))
+    with pytest.raises(RuntimeError, match="cannot compile ResNet here: no C.. compiler; install g.., or leave compiled=False"):
+        ms.latency(ms.resnet(8), torch.randn(2, 3, 8, 8), compiled=True)
