@@ -16,7 +16,7 @@ from .data import Data, Split, steps_per_epoch
 from .files import write_json
 from .graph import ChannelGraph
 from .masks import masks_for_macs
-from .models import resnet
+from .models import network, resnet
 from .prune import prune
 from .runs import environment
 from .shapes import draw_shapes
@@ -30,11 +30,11 @@ def bench(path, depth=56, images=1280, rounds=3, seconds=1.0, size=224, say=prin
     """Run all benchmarks, write them to `path` (JSON) and return them as a table: what, ours, theirs, unit, ratio, theirs_is.
 
     `depth`: of the CIFAR ResNet; `images`: how many each training loop sees in each of `rounds`; `seconds`: for each
-    latency; `size`: of the ImageNet-style images. A ratio above 1 says that ours is that many times better.
+    latency; `size`: of ResNet-50's images. A ratio above 1 says that ours is that many times better.
     """
     rows, compiled = [], (False, True) if _compiles() else (False,)
     on_a_gpu = captured(depth) if torch.cuda.is_available() else ()
-    parts = training(depth, images, rounds, compiled), on_a_gpu, speed_up(depth, rounds, seconds, compiled), surgery(rounds, size)
+    parts = training(depth, images, rounds, compiled), on_a_gpu, speed_up(depth, rounds, seconds, size, compiled[-1]), surgery(rounds, size)
     for row in itertools.chain(*parts):
         rows.append(row)
         say("{what}: {ours:.4g} {unit}; {theirs_is}: {theirs:.4g}; ratio {ratio:.2f}".format(**row))
@@ -167,18 +167,21 @@ def _lively(model):
     return model.eval().to(pick_device())
 
 
-def speed_up(depth, rounds, seconds, compiled):
-    """Measured speed-up of a network cut to half of its MACs beside what the MACs promise; in turns, the best of each."""
-    model, image = _lively(resnet(depth)), torch.randn(1, 3, 32, 32, device=pick_device())
-    for residual, round_to in ((False, 1), (True, 1), (True, 8)):
-        small = prune(model, masks_for_macs(model, image, 0.5, residual, round_to=round_to), image)
-        promise = cost(model, image).macs / cost(small, image).macs
-        cut = f"{'inner and residual' if residual else 'inner'} channels{f' in multiples of {round_to}' if round_to > 1 else ''}"
-        for compile, batch in itertools.product(compiled, (1, 128)):
-            x, best = torch.randn(batch, 3, 32, 32, device=image.device), [float("inf")] * 2
-            for _ in range(rounds):
-                best = [min(b, latency(net, x, seconds, compile).median) for b, net in zip(best, (model, small))]
-            yield _row(f"speed-up, {cut}, {HOW[compile]}, batch {batch}", "times faster", best[0] / best[1], promise, "the ratio of the MACs")
+def speed_up(depth, rounds, seconds, size, compiled):
+    """Measured speed-up of networks cut to half of their MACs beside what the MACs promise; in turns, the best of each."""
+    small_cuts, wide_cuts = ((False, 1), (True, 1), (True, 8)), ((True, 16),)
+    for name, model, side, cuts in ((f"ResNet-{depth}", resnet(depth), 32, small_cuts), ("ResNet-50", network("resnet50"), size, wide_cuts)):
+        model, image = _lively(model), torch.randn(1, 3, side, side, device=pick_device())
+        for residual, round_to in cuts:
+            small = prune(model, masks_for_macs(model, image, 0.5, residual, round_to=round_to), image)
+            promise = cost(model, image).macs / cost(small, image).macs
+            cut = f"{'inner and residual' if residual else 'inner'} channels{f' in multiples of {round_to}' if round_to > 1 else ''}"
+            for batch in (1, 128):
+                x, best = torch.randn(batch, *image.shape[1:], device=image.device), [float("inf")] * 2
+                for _ in range(rounds):
+                    best = [min(b, latency(net, x, seconds, compiled).median) for b, net in zip(best, (model, small))]
+                what = f"pruned {name} ({cut}), {HOW[compiled]}, batch {batch}"
+                yield _row(what, "times faster", best[0] / best[1], promise, "the ratio of the MACs")
 
 
 # ---- surgery -------------------------------------------------------------------------------------------------------
@@ -186,14 +189,12 @@ def speed_up(depth, rounds, seconds, compiled):
 
 def surgery(rounds, size):
     """Seconds to prune torchvision's ResNet-50 by a mask, against torch-pruning removing the same channels."""
-    import torchvision
-
     try:
         import torch_pruning as tp
     except ImportError:
         log.warning("torch-pruning is not installed: the comparison with it is left out")
         return
-    model, image = _lively(torchvision.models.resnet50(weights=None)), torch.randn(1, 3, size, size, device=pick_device())
+    model, image = _lively(network("resnet50")), torch.randn(1, 3, size, size, device=pick_device())
     masks = masks_for_macs(model, image, 0.5)
     writer = ChannelGraph(model).conv_before
     best = {"ours": float("inf"), "theirs": float("inf")}

@@ -18,7 +18,7 @@ import mslib as ms
 from mslib import stamp
 from mslib.__main__ import main
 from mslib.course import NEEDS, REFERENCE
-from mslib.files import ROOT
+from mslib.files import ROOT, read_json
 
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -143,6 +143,23 @@ def test_lesson_08_says_in_words_what_its_tables_say():
     ):
         assert words in text, words
     assert (wide.uniform > wide["greg-1"]).all() and wide[["global", "masked"]].lt(wide.scratch, axis=0).all(axis=None)
+
+
+def test_readme_and_lesson_04_say_in_words_what_was_timed():
+    rows = read_json(REFERENCE / "bench.json")["rows"]
+    ours = {row["what"]: row["ours"] for row in rows}
+    share = {row["what"]: row["ratio"] for row in rows}
+    pruned = "pruned ResNet-{} ({}), compiled, batch 128".format
+    inner, both, eights = (pruned(56, cut) for cut in ("inner channels", "inner and residual channels", "inner and residual channels in multiples of 8"))
+    wide = [v for k, v in share.items() if k.startswith("pruned ResNet-50")]
+    assert abs(ours[inner] / ours[both] - 1) < 0.03 and round(share[eights] / share[both] - 1, 1) == 0.1
+    assert len(wide) == 2 and all(round(v, 1) == 0.8 for v in wide)
+    lesson = (ROOT / "notebooks" / "04_pruning.ipynb").read_text(encoding="utf-8")
+    for text, words in (
+        (README, "multiples of eight is worth a tenth"), (README, "comes to four fifths of the promise"),
+        (lesson, "the two networks are level, and multiples of eight are worth a tenth"), (lesson, "comes to four fifths of the promise"),
+    ):  # fmt: skip
+        assert words in text, words
 
 
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from distributed import LocalCluster
 
 import mslib as ms
 from mslib.__main__ import main
-from mslib.files import ROOT
+from mslib.files import ROOT, read_json
 from mslib.sweep import grid
 
 from .conftest import kill_with_its_children
@@ -106,3 +106,17 @@ def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, capsys):
     ):
         assert main(command(tmp_path, *words)[3:]) == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_readmes_sweep_at_full_ends_at_the_macs_asked_for(tmp_path):
+    """The command behind the paper's headline, with a network, images and epochs that a processor can do."""
+    images = ms.image_folder("shapes", tmp_path / "images", sizes=(200, 100))
+    small = dict(dataset=str(images), depth=14, epochs=2, sparse_epochs=1, finetune_epochs=1, batch_size=32, reduction=0.6303)
+    flags = [str(word) for pair in {**small, "runs": tmp_path / "runs"}.items() for word in ("-p", *pair)]
+    done = subprocess.run([sys.executable, "-m", "mslib", "sweep", "--lesson", "05", "--preset", "full", *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (row,) = pd.read_csv(tmp_path / "runs" / "full" / "sweep-05_finetune.csv").itertuples()
+    cfg = ms.config("full", **small, runs=str(tmp_path / "runs"))
+    assert row.macs <= (1 - 0.6303) * ms.stage("01_baseline", cfg).rows.macs[0] and row.epochs == 4
+    made = [read_json(path) for path in (tmp_path / "runs").rglob("settings.json")]
+    assert {m["schedule"] for m in made} == {"step"} and sorted(m["epochs"] for m in made) == [1] * 7 + [2, 4]
