@@ -135,6 +135,7 @@ def test_lesson_08_says_in_words_what_its_tables_say():
     uniform, control = wide.uniform.loc[0.7], pd.read_csv(REFERENCE / "control-cifar10.csv").top1
     gap = f"{control.mean():.2f} ± {control.std():.2f} %, {control.mean() - uniform.mean():.2f} points ahead of *uniform*"
     assert control.min() > wide.loc[0.7].max(axis=None) and gap in README
+    assert round(control.mean() - wide.scratch.loc[0.7].mean()) == 2  # "two points above the first control"
     for words in (
         f"{gap}, whose architecture it is (Welch's p = {stats.ttest_ind(control, uniform, equal_var=False).pvalue:.3f})",
         f"share {min(pairs):.2f} to {max(pairs):.2f} more than lots",
