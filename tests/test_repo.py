@@ -133,11 +133,11 @@ def test_lesson_08_says_in_words_what_its_tables_say():
     final = table[~table.method.isin(["scratch", "l1-norm"])].groupby("reduction").final
     lead = (wide.scratch.loc[0.5] - pd.read_csv(REFERENCE / "learning-rate-cifar10.csv").query("finetune_lr == 0.05").set_index("seed").top1)
     uniform, control = wide.uniform.loc[0.7], pd.read_csv(REFERENCE / "control-cifar10.csv").top1
-    gap = f"{control.mean():.2f} ± {control.std():.2f} %, {control.mean() - uniform.mean():.2f} points ahead of *uniform*"
-    assert control.min() > wide.loc[0.7].max(axis=None) and gap in README
-    assert round(control.mean() - wide.scratch.loc[0.7].mean()) == 2  # "two points above the first control"
+    level, gap = f"{control.mean():.2f} ± {control.std():.2f} %", f"{control.mean() - uniform.mean():.2f} points ahead of *uniform*"
+    assert control.min() > wide.loc[0.7].max(axis=None) and f"{level}, {gap}" in README
+    assert round(control.mean() - wide.scratch.loc[0.7].mean()) == 2
     for words in (
-        f"{gap}, whose architecture it is (Welch's p = {stats.ttest_ind(control, uniform, equal_var=False).pvalue:.3f})",
+        f"{level}, two points above the first control, {gap}, whose architecture it is (Welch's p = {stats.ttest_ind(control, uniform, equal_var=False).pvalue:.3f})",
         f"share {min(pairs):.2f} to {max(pairs):.2f} more than lots",
         f"keeps {np.mean(same):.0%} of what".replace("%", " %"),
         "Growing L2 ends {:.2f} ± {:.2f} and {:.2f} ± {:.2f} points behind".format(*grown.to_numpy().ravel()),
