@@ -2,26 +2,32 @@
 
     import mslib as ms
 
-Networks: resnet, vgg, network, save, load, export. Images: load_data, load_folder, image_folder.
-Training: fit, evaluate, recalibrate.
-Penalties: GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow (flows); HoldZero; they add up.
-Masks and surgery: masks_below, masks_for_macs, masks_for_ratio, channel_groups, prune, zero_masked. Cost: cost, latency.
-The course: config, stage, require, reference, published, scoreboard; figures in ms.plots.
+Three floors, in the order in which one reads them:
+
+- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms, outgoing_norms, weight_norms;
+  masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune, zero_masked.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up.
+- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
+
+They stand on `data` (load_data, load_folder, image_folder, normalize), `networks` (resnet, vgg, network, save, load),
+`costs` (cost, latency) and `exports` (export). Above them, loaded only when asked for: `course` (config, stage,
+require, reference, published, scoreboard, plots).
 """
 
-from . import models, plots
-from .config import config, notebook_config
-from .cost import cost, latency
-from .course import data_of, published, reference, require, scoreboard, stage
-from .data import normalize
-from .datasets import image_folder, load_data, load_folder
-from .export import export
-from .files import ROOT
-from .flow import FeatureFlow, flows
-from .graph import ChannelGraph
-from .groups import channel_groups
-from .growing import GrowingL2
-from .masks import (
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from .costs import cost, latency
+from .data.sources import image_folder, load_data, load_folder
+from .data.tensors import normalize
+from .exports import export
+from .networks import PaddedShortcut, load, network, resnet, save, vgg
+from .penalties.flow import FeatureFlow, flows
+from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
+from .penalties.growing import GrowingL2
+from .pruning.channels import ChannelGraph
+from .pruning.groups import channel_groups
+from .pruning.masks import (
     filter_norms,
     gammas,
     load_masks,
@@ -32,8 +38,73 @@ from .masks import (
     save_masks,
     weight_norms,
 )
-from .models import PaddedShortcut, load, network, resnet, save, vgg
-from .penalties import GlobalL1, HoldZero, MaskedL1, push
-from .prune import prune, zero_masked
-from .runs import environment
-from .train import evaluate, fit, learning_rates, recalibrate
+from .pruning.surgery import prune, zero_masked
+from .training.loop import evaluate, fit, learning_rates, recalibrate
+from .training.runs import environment
+
+try:
+    __version__ = version("mslib")
+except PackageNotFoundError:  # imported from a folder that is not installed
+    __version__ = "0.2.0"
+
+_COURSE = {  # name -> the module of the course that has it
+    "config": "settings",
+    "data_of": "stages",
+    "notebook_config": "settings",
+    "plots": "plots",
+    "published": "results",
+    "reference": "results",
+    "require": "lessons",
+    "scoreboard": "results",
+    "stage": "stages",
+}
+
+__all__ = [
+    "ChannelGraph",
+    "FeatureFlow",
+    "GlobalL1",
+    "GrowingL2",
+    "HoldZero",
+    "MaskedL1",
+    "PaddedShortcut",
+    "channel_groups",
+    "cost",
+    "environment",
+    "evaluate",
+    "export",
+    "filter_norms",
+    "fit",
+    "flows",
+    "gammas",
+    "image_folder",
+    "latency",
+    "learning_rates",
+    "load",
+    "load_data",
+    "load_folder",
+    "load_masks",
+    "masks_below",
+    "masks_for_macs",
+    "masks_for_ratio",
+    "network",
+    "normalize",
+    "outgoing_norms",
+    "prune",
+    "push",
+    "recalibrate",
+    "resnet",
+    "save",
+    "save_masks",
+    "vgg",
+    "weight_norms",
+    "zero_masked",
+    *_COURSE,
+]
+
+
+def __getattr__(name: str):
+    """The names of the course load their module, and with it matplotlib and seaborn, when they are first used."""
+    if name not in _COURSE:
+        raise AttributeError(f"module 'mslib' has no attribute {name!r}")
+    module = import_module(f".course.{_COURSE[name]}", __name__)
+    return module if name == _COURSE[name] else getattr(module, name)

@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/
 def nearest(name, known):
     """The end of an error message about an unknown `name`: the one of `known` that was meant, or what there is."""
     near = difflib.get_close_matches(str(name), known, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join([*known][:30])}{' …' if len(known) > 30 else ''}"
+    return (
+        f"; did you mean {near[0]!r}?"
+        if near
+        else f"; known: {', '.join([*known][:30])}{' …' if len(known) > 30 else ''}"
+    )
 
 
 def relative(path):
@@ -36,9 +40,13 @@ def replacing(path):
         yield beside
         os.replace(beside, path)
     except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror or error}); choose a folder you may write to") from error
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); choose a folder you may write to"
+        ) from error
     finally:
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True) if beside.parent.is_dir() else None
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(
+            missing_ok=True
+        ) if beside.parent.is_dir() else None
 
 
 def write_json(path, value):
@@ -50,7 +58,9 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it to have it made again") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it to have it made again"
+        ) from None
 
 
 def write_tensors(path, value):
@@ -66,4 +76,6 @@ def read_tensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"{path} cannot be read: truncated, damaged or not a weights file ({reason})") from None
+        raise ValueError(
+            f"{path} cannot be read: truncated, damaged or not a weights file ({reason})"
+        ) from None

@@ -26,29 +26,54 @@ SETTINGS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     for name, value in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
     o = parser.parse_args()
-    data, runs = ms.load_folder(o.folder, o.size, o.batch_size, val=0.01, workers=o.workers), Path(o.runs)
-    common = dict(batch_size=o.batch_size, schedule="step", weight_decay=o.weight_decay, seed=o.seed)
+    data, runs = (
+        ms.load_folder(o.folder, o.size, o.batch_size, val=0.01, workers=o.workers),
+        Path(o.runs),
+    )
+    common = dict(
+        batch_size=o.batch_size, schedule="step", weight_decay=o.weight_decay, seed=o.seed
+    )
 
     def trained():
         torch.manual_seed(o.seed)
         return ms.network(o.network, len(data.classes), o.weights or None)
 
     model = trained()  # lesson 02: every γ under the penalty, for the mask
-    ms.fit(model, data, epochs=o.epochs, lr=o.lr, penalty=ms.GlobalL1(model, o.strength, residual=True), run=runs / "global", **common)
+    ms.fit(
+        model,
+        data,
+        epochs=o.epochs,
+        lr=o.lr,
+        penalty=ms.GlobalL1(model, o.strength, residual=True),
+        run=runs / "global",
+        **common,
+    )
     masks = ms.masks_for_macs(model, data.example, o.reduction, residual=True, round_to=8)
 
     model = trained()  # lesson 03: back to the start, the penalty on what goes only
-    ms.fit(model, data, epochs=o.epochs, lr=o.lr, penalty=ms.MaskedL1(model, masks, o.strength), run=runs / "masked", **common)
+    ms.fit(
+        model,
+        data,
+        epochs=o.epochs,
+        lr=o.lr,
+        penalty=ms.MaskedL1(model, masks, o.strength),
+        run=runs / "masked",
+        **common,
+    )
 
     small = ms.prune(model, masks, data.example, fold_bias=True)  # lessons 04 and 05
     ms.fit(small, data, epochs=o.finetune_epochs, lr=o.finetune_lr, run=runs / "finetune", **common)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{ms.cost(small, data.example)} of {ms.cost(model, data.example)}, top-1 {ms.evaluate(small, data.test):.2f} %")
+        print(
+            f"{ms.cost(small, data.example)} of {ms.cost(model, data.example)}, top-1 {ms.evaluate(small, data.test):.2f} %"
+        )
 
 
 if __name__ == "__main__":

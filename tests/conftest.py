@@ -1,7 +1,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what is tested is exact on the CPU; set it to a GPU's number to try one
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", ""
+)  # what is tested is exact on the CPU; set it to a GPU's number to try one
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
@@ -10,7 +12,7 @@ from torch import nn  # noqa: E402
 from xdist.scheduler import LoadFileScheduling  # noqa: E402
 
 import mslib as ms  # noqa: E402
-from mslib.data import Data, Split  # noqa: E402
+from mslib.data.tensors import Data, Split  # noqa: E402
 
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
@@ -37,7 +39,9 @@ def data():
 def cifar():
     path = SHARED.resolve() / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
-        pytest.skip("the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds data/cifar10-jpeg.tar.gz")
+        pytest.skip(
+            "the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds data/cifar10-jpeg.tar.gz"
+        )
     return path
 
 

@@ -8,7 +8,9 @@ import mslib as ms
 CIFAR = torch.zeros(1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("depth, macs, params", [(56, 125_485_696, 853_018), (110, 252_887_680, 1_727_962)])
+@pytest.mark.parametrize(
+    "depth, macs, params", [(56, 125_485_696, 853_018), (110, 252_887_680, 1_727_962)]
+)
 def test_cifar_resnets_cost_what_the_papers_say(depth, macs, params):
     price = ms.cost(ms.resnet(depth), CIFAR)
     assert (price.macs, price.params) == (macs, params)
@@ -28,7 +30,13 @@ def test_keeping_4_8_43_inner_channels_is_the_2_55x_setting_of_greg():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ms.resnet(20), torchvision.models.resnet18, torchvision.models.vgg11_bn, torchvision.models.mobilenet_v2]
+    "make",
+    [
+        lambda: ms.resnet(20),
+        torchvision.models.resnet18,
+        torchvision.models.vgg11_bn,
+        torchvision.models.mobilenet_v2,
+    ],
 )
 def test_agrees_with_torch_flop_counter(make):
     model, image = make().eval(), torch.randn(1, 3, 64, 64)
@@ -54,13 +62,19 @@ def test_latency_is_of_the_network_as_deployed(compiled, monkeypatch, caplog):
     """With BatchNorms folded into the convolutions before them, if it can be traced; the network itself keeps them."""
     seen, model = [], ms.resnet(8)
     original = torch.utils.benchmark.Timer.timeit
-    monkeypatch.setattr(torch.utils.benchmark.Timer, "timeit", lambda self, n: (seen.append(self), original(self, n))[1])
+    monkeypatch.setattr(
+        torch.utils.benchmark.Timer,
+        "timeit",
+        lambda self, n: (seen.append(self), original(self, n))[1],
+    )
     ms.latency(model, x := torch.randn(2, 3, 8, 8), seconds=0.01, compiled=compiled)
     timed = seen[0]._globals["model"]
     assert isinstance(timed, torch._dynamo.eval_frame.OptimizedModule) == compiled
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in timed.modules())
     with torch.no_grad():
-        assert torch.allclose(timed(x), model.eval()(x), atol=1e-5) and isinstance(model.bn, torch.nn.BatchNorm2d)
+        assert torch.allclose(timed(x), model.eval()(x), atol=1e-5) and isinstance(
+            model.bn, torch.nn.BatchNorm2d
+        )
 
     class Branching(torch.nn.Conv2d):
         def forward(self, x):
@@ -71,6 +85,13 @@ def test_latency_is_of_the_network_as_deployed(compiled, monkeypatch, caplog):
 
 
 def test_latency_says_when_nothing_can_be_compiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda x: (_ for _ in ()).throw(OSError("no C++ compiler")))
-    with pytest.raises(RuntimeError, match="cannot compile ResNet here: no C.. compiler; install g.., or leave compiled=False"):
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda *_, **__: lambda x: (_ for _ in ()).throw(OSError("no C++ compiler")),
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="cannot compile ResNet here: no C.. compiler; install g.., or leave compiled=False",
+    ):
         ms.latency(ms.resnet(8), torch.randn(2, 3, 8, 8), compiled=True)

@@ -11,9 +11,9 @@ import papermill
 import pytest
 
 import mslib as ms
-from mslib import course
-from mslib.__main__ import main
-from mslib.course import NEEDS
+from mslib.course import stages as course
+from mslib.course.cli import main
+from mslib.course.stages import NEEDS
 from mslib.files import ROOT, write_json
 
 from .conftest import kill_with_its_children
@@ -38,7 +38,9 @@ def flags(settings):
 
 
 def mslib(*words, **kwargs):
-    return subprocess.run([sys.executable, "-m", "mslib", *words], capture_output=True, text=True, cwd=ROOT, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-m", "mslib", *words], capture_output=True, text=True, cwd=ROOT, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,14 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished):
     ):
         row = board.set_index("network").loc[name]
         assert f"{row['top-1 %']:.2f}" in done.stdout and name in done.stdout
-        assert row["MACs left %"] <= (100 if name in ("baseline", "dense, trained on as long") else 50)
-    assert {"GReg-2: fine-tuned", "feature flow, by stage: fine-tuned", "resnet18: pruned, fine-tuned"} <= set(board.network)
+        assert row["MACs left %"] <= (
+            100 if name in ("baseline", "dense, trained on as long") else 50
+        )
+    assert {
+        "GReg-2: fine-tuned",
+        "feature flow, by stage: fine-tuned",
+        "resnet18: pruned, fine-tuned",
+    } <= set(board.network)
     assert board.set_index("network")["MACs left %"]["resnet18: baseline"] == 100  # of its own
     assert ms.stage("05_finetune", cfg).rows.epochs.unique().tolist() == [4]
 
@@ -95,7 +103,9 @@ def test_finished_lessons_become_a_reference(finished, tmp_path, monkeypatch):
     course.keep_reference("tiny-quick", cfg, NEEDS)
     kept = ms.reference("tiny")
     assert list(kept) == list(NEEDS) and (tmp_path / "tiny-quick" / "result.png").exists()
-    assert [p.parent.name for p in tmp_path.rglob("model.pt")] == ["baseline"]  # of the weights no others
+    assert [p.parent.name for p in tmp_path.rglob("model.pt")] == [
+        "baseline"
+    ]  # of the weights no others
     assert kept["05_finetune"].rows.equals(ms.stage("05_finetune", cfg).rows)
     with pytest.raises(FileNotFoundError, match="no lesson of this run is finished, 01_baseline"):
         course.keep_reference("other", ms.config("quick", runs=str(tmp_path)), ["01_baseline"])
@@ -111,11 +121,15 @@ def test_finished_stages_can_be_carried_to_another_place(finished, tmp_path):
         ms.stage(lesson, cfg).path.parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "carried").rename(ms.stage(lesson, cfg).path)
     said = []
-    from mslib.course import run_lesson
+    from mslib.course.stages import run_lesson
 
     run_lesson("03_masked_regularization", cfg, said.append)
-    assert not any("baseline" in line or "global" in line for line in said) and any("masked" in line for line in said)
-    first, again = (ms.stage("03_masked_regularization", c).top1("masked: before the cut") for c in (here, cfg))
+    assert not any("baseline" in line or "global" in line for line in said) and any(
+        "masked" in line for line in said
+    )
+    first, again = (
+        ms.stage("03_masked_regularization", c).top1("masked: before the cut") for c in (here, cfg)
+    )
     assert first == again
 
 
@@ -123,36 +137,54 @@ def test_require_runs_missing_lessons(tmp_path):
     cfg = ms.config("quick", runs=str(tmp_path), **TINY | dict(epochs=1, train_size=300))
     found = ms.require("02_global_sparsity", cfg)
     assert found.finished and ms.stage("01_baseline", cfg).finished and found.masks()
-    assert found.model("global").recipe["depth"] == TINY["depth"] and len(found.history("global")) == 1
+    assert (
+        found.model("global").recipe["depth"] == TINY["depth"] and len(found.history("global")) == 1
+    )
 
 
 def test_papermill_by_hand(tmp_path):
     """As in the README: a lesson with parameters of its own."""
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(
-        str(ROOT / "notebooks" / "01_baseline.ipynb"), str(out),
-        {"preset": "quick", "runs": str(tmp_path / "runs"), **TINY, "epochs": 1}, kernel_name="python3", progress_bar=False, cwd=str(tmp_path),
-    )  # fmt: skip
+        str(ROOT / "notebooks" / "01_baseline.ipynb"),
+        str(out),
+        {"preset": "quick", "runs": str(tmp_path / "runs"), **TINY, "epochs": 1},
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(tmp_path),
+    )
     assert "epochs           1 " in json.dumps(nbformat.read(out, 4))
     (stage,) = (tmp_path / "runs" / "quick").iterdir()
     assert json.loads((stage / "metrics.json").read_text())["settings"]["epochs"] == 1
 
 
 def test_papermill_refuses_a_mistyped_parameter(tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="unknown setting 'epoch'; did you mean 'epochs'"):
+    with pytest.raises(
+        papermill.PapermillExecutionError, match="unknown setting 'epoch'; did you mean 'epochs'"
+    ):
         papermill.execute_notebook(
-            str(ROOT / "notebooks" / "01_baseline.ipynb"), str(tmp_path / "out.ipynb"), {"preset": "quick", "epoch": 1},
-            kernel_name="python3", progress_bar=False, cwd=str(tmp_path),
-        )  # fmt: skip
+            str(ROOT / "notebooks" / "01_baseline.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            {"preset": "quick", "epoch": 1},
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(tmp_path),
+        )
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--preset", "quik"], "did you mean 'quick'"),
-    (["-p", "epoch", "3"], "did you mean 'epochs'"),
-    (["-p", "dataset", "nowhere.zip"], "'nowhere.zip' is none of"),
-    (["--only", "77"], "no such lesson"),
-    (["--preset", "quick", "--only", "00", "-p", "runs", "/proc/runs"], "choose a folder|choose another folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--preset", "quik"], "did you mean 'quick'"),
+        (["-p", "epoch", "3"], "did you mean 'epochs'"),
+        (["-p", "dataset", "nowhere.zip"], "'nowhere.zip' is none of"),
+        (["--only", "77"], "no such lesson"),
+        (
+            ["--preset", "quick", "--only", "00", "-p", "runs", "/proc/runs"],
+            "choose a folder|choose another folder",
+        ),
+    ],
+)
 def test_command_line_errors_are_one_line(words, message, capsys):
     assert main(["run", *words]) != 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -161,8 +193,20 @@ def test_command_line_errors_are_one_line(words, message, capsys):
 
 def test_a_run_killed_with_its_kernel_goes_on(tmp_path):
     settings = {**TINY, "epochs": 6, "train_size": 2000, "runs": tmp_path}
-    command = [sys.executable, "-m", "mslib", "run", "--preset", "quick", "--only", "01", *flags(settings)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "mslib",
+        "run",
+        "--preset",
+        "quick",
+        "--only",
+        "01",
+        *flags(settings),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("epoch-0002.pt")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -177,8 +221,16 @@ def test_a_run_killed_with_its_kernel_goes_on(tmp_path):
 
 
 def test_what_is_left_is_counted_from_the_own_baseline(tmp_path):
-    rows = [("baseline", 100), ("masked", 50), ("VGG: baseline", 40), ("VGG, cut", 10), ("flow", 30)]
-    entries = [{"name": n, "top1": 90.0, "macs": m * 10**6, "params": 2 * m, "epochs": 1} for n, m in rows]
+    rows = [
+        ("baseline", 100),
+        ("masked", 50),
+        ("VGG: baseline", 40),
+        ("VGG, cut", 10),
+        ("flow", 30),
+    ]
+    entries = [
+        {"name": n, "top1": 90.0, "macs": m * 10**6, "params": 2 * m, "epochs": 1} for n, m in rows
+    ]
     stages = [course.Stage("x", tmp_path / str(i), {}) for i in range(2)]
     for found, part in zip(stages, (entries[:1], entries[1:])):
         write_json(found / "metrics.json", {"rows": part})

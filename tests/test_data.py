@@ -8,21 +8,23 @@ import torch
 from PIL import Image
 
 import mslib as ms
-from mslib.data import augment, batches, draw
-from mslib.shapes import CLASSES, draw_shapes
+from mslib.data.shapes import CLASSES, draw_shapes
+from mslib.data.tensors import augment, batches, draw
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """train/ and test/ with two classes; the cache goes to a temporary folder too."""
-    monkeypatch.setattr("mslib.datasets.ROOT", tmp_path / "course")
+    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path / "course")
     images, _ = draw_shapes(40, 12, seed=3)
     for split, n in (("train", 10), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
             place = tmp_path / "images" / split / name
             place.mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(images[2 * i + c].permute(1, 2, 0).numpy()).save(place / f"{i:03d}.png")
+                Image.fromarray(images[2 * i + c].permute(1, 2, 0).numpy()).save(
+                    place / f"{i:03d}.png"
+                )
     return tmp_path / "images"
 
 
@@ -39,17 +41,23 @@ def pack(folder, kind):
 def test_shapes_are_the_same_for_a_seed_and_balanced():
     images, labels = draw_shapes(200, 16, seed=4)
     assert images.shape == (200, 3, 16, 16) and images.dtype == torch.uint8
-    assert torch.equal(images, draw_shapes(200, 16, seed=4)[0]) and not torch.equal(images, draw_shapes(200, 16, seed=5)[0])
+    assert torch.equal(images, draw_shapes(200, 16, seed=4)[0]) and not torch.equal(
+        images, draw_shapes(200, 16, seed=5)[0]
+    )
     assert labels.bincount().tolist() == [20] * len(CLASSES)
 
 
 def test_split_is_fixed_and_disjoint():
     data = ms.load_data("shapes", image_size=16, sizes=(500, 100))
     assert (len(data.train), len(data.val), len(data.test)) == (450, 50, 100)
-    rows = {bytes(x.numpy()) for x in data.train.images} & {bytes(x.numpy()) for x in data.val.images}
+    rows = {bytes(x.numpy()) for x in data.train.images} & {
+        bytes(x.numpy()) for x in data.val.images
+    }
     assert not rows
     assert data.fingerprint == ms.load_data("shapes", image_size=16, sizes=(500, 100)).fingerprint
-    assert data.fingerprint != ms.load_data("shapes", 0.2, image_size=16, sizes=(500, 100)).fingerprint
+    assert (
+        data.fingerprint != ms.load_data("shapes", 0.2, image_size=16, sizes=(500, 100)).fingerprint
+    )
 
 
 @pytest.mark.parametrize("val", [0, 1, -0.1, 2])
@@ -62,9 +70,15 @@ def test_folder_tar_and_zip_hold_the_same(folder):
     sets = [ms.load_data(p) for p in (folder, pack(folder, "tar.gz"), pack(folder, "zip"))]
     assert len({d.fingerprint for d in sets}) == 1
     data = sets[0]
-    assert data.classes == ("cat", "dog") and data.input_shape == (3, 12, 12) and len(data.train) + len(data.val) == 20
+    assert (
+        data.classes == ("cat", "dog")
+        and data.input_shape == (3, 12, 12)
+        and len(data.train) + len(data.val) == 20
+    )
     cached = ms.load_data(folder.parent / "images.tar.gz")  # the second time from the cache
-    assert cached.fingerprint == data.fingerprint and list((folder.parent / "course" / "data" / "cache").iterdir())
+    assert cached.fingerprint == data.fingerprint and list(
+        (folder.parent / "course" / "data" / "cache").iterdir()
+    )
 
 
 def test_val_folder_serves_as_test_and_hidden_files_are_passed_over(folder):
@@ -108,15 +122,24 @@ def cut_image(folder):
     path.write_bytes(path.read_bytes()[:60])
 
 
-@pytest.mark.parametrize("damage, message", [
-    (empty, "no train images; expected files like train/<class>"),
-    (lambda f: shutil.rmtree(f / "test"), "no test images"),
-    (lambda f: shutil.rmtree(f / "test" / "dog"), "class 'dog' is in train/ but has no image in test/"),
-    (lambda f: shutil.rmtree(f / "train" / "dog"), "class 'dog' is in test/ but has no image in train/"),
-    (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "one class, 'cat'"),
-    (no_image, "train/dog/notes.png is not a readable image"),
-    (cut_image, "test/dog/001.png is not a readable image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (empty, "no train images; expected files like train/<class>"),
+        (lambda f: shutil.rmtree(f / "test"), "no test images"),
+        (
+            lambda f: shutil.rmtree(f / "test" / "dog"),
+            "class 'dog' is in train/ but has no image in test/",
+        ),
+        (
+            lambda f: shutil.rmtree(f / "train" / "dog"),
+            "class 'dog' is in test/ but has no image in train/",
+        ),
+        (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "one class, 'cat'"),
+        (no_image, "train/dog/notes.png is not a readable image"),
+        (cut_image, "test/dog/001.png is not a readable image"),
+    ],
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_bad_folders(folder, damage, message, packed):
     damage(folder)
@@ -151,10 +174,18 @@ def test_an_archive_with_a_damaged_member(folder):
 def test_an_archive_with_a_password(folder):
     path = pack(folder, "zip")
     content = path.read_bytes()
-    for sign, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag "encrypted" in both headers of each file
-        content = b"".join(part if i == 0 else sign + part[: place - 4] + b"\1" + part[place - 3 :] for i, part in enumerate(content.split(sign)))
+    for sign, place in (
+        (b"PK\x03\x04", 6),
+        (b"PK\x01\x02", 8),
+    ):  # the flag "encrypted" in both headers of each file
+        content = b"".join(
+            part if i == 0 else sign + part[: place - 4] + b"\1" + part[place - 3 :]
+            for i, part in enumerate(content.split(sign))
+        )
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="images.zip cannot be read .* encrypted, password required"):
+    with pytest.raises(
+        ValueError, match="images.zip cannot be read .* encrypted, password required"
+    ):
         ms.load_data(path)
 
 
@@ -171,7 +202,10 @@ def test_cifar_through_torchvision(monkeypatch):
 
         def __init__(self, root, train, download):
             n = 20 if train else 10
-            self.data, self.targets = np.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).astype(np.uint8), [0, 1] * (n // 2)
+            self.data, self.targets = (
+                np.arange(n * 32 * 32 * 3).reshape(n, 32, 32, 3).astype(np.uint8),
+                [0, 1] * (n // 2),
+            )
 
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
     data = ms.load_data("cifar10")
@@ -202,13 +236,22 @@ def test_batches():
     train = list(batches(data.train, 16, torch.Generator().manual_seed(0)))
     assert [len(y) for _, y in train] == [16] * 5
     test = list(batches(data.test, 16))
-    assert [len(y) for _, y in test] == [16, 14] and torch.equal(torch.cat([y for _, y in test]), data.test.labels)
+    assert [len(y) for _, y in test] == [16, 14] and torch.equal(
+        torch.cat([y for _, y in test]), data.test.labels
+    )
     x = test[0][0]
-    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last) and abs(float(x.mean())) < 1.5
+    assert (
+        x.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and abs(float(x.mean())) < 1.5
+    )
 
 
 def test_the_cifar_copy(cifar):
     data = ms.load_data(cifar)
     assert (len(data.train), len(data.val), len(data.test)) == (45_000, 5_000, 10_000)
-    assert data.test.labels.bincount().tolist() == [1000] * 10 and data.classes[:2] == ("airplane", "automobile")
+    assert data.test.labels.bincount().tolist() == [1000] * 10 and data.classes[:2] == (
+        "airplane",
+        "automobile",
+    )
     assert 100 < float(data.train.images[:5000].float().mean()) < 140

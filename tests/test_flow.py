@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import mslib as ms
-from mslib.flow import FeatureFlow
+from mslib.penalties.flow import FeatureFlow
 
 from .conftest import lively, tiny_data
 
@@ -11,7 +11,10 @@ from .conftest import lively, tiny_data
 def by_hand(model, x, names):
     """Σ mean|x_{l+1} − x_l| and Σ mean|x_{l+1} − 2x_l + x_{l−1}| for the blocks of each list of `names`."""
     kept = {}
-    handles = [m.register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o)) for n, m in model.named_modules()]
+    handles = [
+        m.register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o))
+        for n, m in model.named_modules()
+    ]
     model(x)
     for h in handles:
         h.remove()
@@ -30,7 +33,10 @@ NETWORKS = {
     "vgg": (
         lambda: ms.vgg(16, 3, width=0.125),
         # ReLUs of the five stages: convolution, BatchNorm, ReLU; a pooling layer opens each stage but the first
-        [[f"features.{i}" for i in stage] for stage in ((2, 5), (9, 12), (16, 19, 22), (26, 29, 32), (36, 39, 42))],
+        [
+            [f"features.{i}" for i in stage]
+            for stage in ((2, 5), (9, 12), (16, 19, 22), (26, 29, 32), (36, 39, 42))
+        ],
     ),
 }
 
@@ -70,7 +76,9 @@ def test_hooks_are_gone_after_training_and_after_an_interruption():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ms.fit(model, tiny_data(), epochs=1, lr=0.01, batch_size=16, penalty=Stop(model, length=1e-2))
+        ms.fit(
+            model, tiny_data(), epochs=1, lr=0.01, batch_size=16, penalty=Stop(model, length=1e-2)
+        )
     assert hooks(model) == 0
 
 
@@ -90,15 +98,25 @@ def test_it_shortens_the_flow():
 
 
 def test_what_it_refuses():
-    with pytest.raises(ValueError, match="length=0.0, curvature=0.0: neither below 0, and one of them above"):
+    with pytest.raises(
+        ValueError, match="length=0.0, curvature=0.0: neither below 0, and one of them above"
+    ):
         ms.FeatureFlow(ms.resnet(8))
     with pytest.raises(ValueError, match="no layers to follow: stage7"):
         ms.FeatureFlow(ms.resnet(8), length=1, layers=["stage1", "stage7"])
     model = ms.resnet(8, 3)  # one block a stage: three shapes
     with pytest.raises(
-        ValueError, match=r"no two consecutive layers of equal shape .*stage1.0 \[16, 8, 8\], stage2.0 \[32, 4, 4\]"
+        ValueError,
+        match=r"no two consecutive layers of equal shape .*stage1.0 \[16, 8, 8\], stage2.0 \[32, 4, 4\]",
     ):
-        ms.fit(model, tiny_data(), epochs=1, lr=0.01, batch_size=16, penalty=ms.FeatureFlow(model, length=1))
+        ms.fit(
+            model,
+            tiny_data(),
+            epochs=1,
+            lr=0.01,
+            batch_size=16,
+            penalty=ms.FeatureFlow(model, length=1),
+        )
     assert hooks(model) == 0
     with pytest.raises(ValueError, match="no features: run the model in training mode"):
         ms.FeatureFlow(ms.resnet(14), length=1)()
@@ -115,9 +133,22 @@ def test_penalties_add_up_and_resume(tmp_path, monkeypatch):
         model = ms.resnet(14, 3)
         masks = {"stage1.0.bn1": torch.arange(16) < 8}
         growing = ms.GrowingL2(model, reduction=0.5, every=2, pick_delta=1e-3, pick_ceiling=7e-3)
-        penalty = ms.MaskedL1(model, masks, 1e-2, proximal=True) + ms.FeatureFlow(model, length=1e-2, curvature=1e-2) + growing
+        penalty = (
+            ms.MaskedL1(model, masks, 1e-2, proximal=True)
+            + ms.FeatureFlow(model, length=1e-2, curvature=1e-2)
+            + growing
+        )
         assert repr(penalty).count(" + ") == 2
-        history = ms.fit(model, tiny_data(), epochs=3, lr=0.02, batch_size=16, precision="fp32", penalty=penalty, run=path)
+        history = ms.fit(
+            model,
+            tiny_data(),
+            epochs=3,
+            lr=0.02,
+            batch_size=16,
+            precision="fp32",
+            penalty=penalty,
+            run=path,
+        )
         return model.state_dict(), history, growing
 
     weights, history, growing = run(tmp_path / "whole")
@@ -170,6 +201,8 @@ def test_flows_are_the_features_of_evaluation_and_leave_the_network_as_it_was():
 def test_a_network_with_one_stretch_is_drawn():
     from mslib import plots
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+    )
     plots.trajectories({"one": ms.flows(model, torch.randn(2, 3, 8, 8))}, "One stretch")
     assert len(plots.plt.gca().lines[0].get_xdata()) == 2

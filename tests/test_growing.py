@@ -26,7 +26,11 @@ def convolutions(model):
 def smallest(conv, ratio):
     """Indices of the filters with the smallest mean |W|, as the released code picks them."""
     sizes = [conv.weight[i].detach().abs().mean().item() for i in range(len(conv.weight))]
-    return set(sorted(range(len(sizes)), key=sizes.__getitem__)[: min(math.ceil(ratio * len(sizes)), len(sizes) - 1)])
+    return set(
+        sorted(range(len(sizes)), key=sizes.__getitem__)[
+            : min(math.ceil(ratio * len(sizes)), len(sizes) - 1)
+        ]
+    )
 
 
 def train(model, penalty, iterations, each=lambda i: None, lr=0.05):
@@ -37,13 +41,23 @@ def train(model, penalty, iterations, each=lambda i: None, lr=0.05):
         penalty.step(i)
         each(i)
         optimizer.zero_grad()
-        (nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4) % 3) + penalty()).backward()
+        (
+            nn.functional.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4) % 3)
+            + penalty()
+        ).backward()
         optimizer.step()
 
 
 def test_the_defaults_are_the_released_settings():
     default = {name: p.default for name, p in inspect.signature(ms.GrowingL2).parameters.items()}
-    assert {"delta": 1e-4, "every": 10, "ceiling": 1, "enough": 1000, "pick_delta": 1e-5, "pick_ceiling": 1e-2}.items() <= default.items()
+    assert {
+        "delta": 1e-4,
+        "every": 10,
+        "ceiling": 1,
+        "enough": 1000,
+        "pick_delta": 1e-5,
+        "pick_ceiling": 1e-2,
+    }.items() <= default.items()
 
 
 def test_ratios_of_the_paper_keep_4_8_and_43_filters():
@@ -51,7 +65,9 @@ def test_ratios_of_the_paper_keep_4_8_and_43_filters():
     masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
     assert {(len(m), int(m.sum())) for m in masks.values()} == {(16, 4), (32, 8), (64, 43)}
     example = torch.zeros(1, 3, 32, 32)
-    assert ms.cost(model, example).macs / ms.cost(ms.prune(model, masks), example).macs == pytest.approx(2.555, abs=1e-3)
+    assert ms.cost(model, example).macs / ms.cost(
+        ms.prune(model, masks), example
+    ).macs == pytest.approx(2.555, abs=1e-3)
     for name, conv, ratio in convolutions(model):
         assert set((~masks[name]).nonzero().flatten().tolist()) == smallest(conv, ratio)
 
@@ -72,7 +88,9 @@ def test_greg1_grows_the_dropped_filters_alone_and_holds_at_the_ceiling():
                 assert float(penalty.factors[name][f]) == pytest.approx(r, abs=1e-6)
                 value += r / 2 * float((conv.weight[f].detach().double() ** 2).sum())
         assert penalty().item() == pytest.approx(value, rel=1e-5)
-        gradients = torch.autograd.grad(penalty(), [conv.weight for _, conv, _ in convolutions(model)])
+        gradients = torch.autograd.grad(
+            penalty(), [conv.weight for _, conv, _ in convolutions(model)]
+        )
         for (name, conv, _), g in zip(convolutions(model), gradients):
             for f in range(len(conv.weight)):
                 r = expected if f in dropped[name] else 0.0
@@ -87,7 +105,9 @@ def test_greg1_holds_a_layer_when_the_kept_are_large_enough():
     model = lively(ms.resnet(8, 3)).train()
     masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
     with torch.no_grad():
-        model.stage2[0].conv1.weight[~masks["stage2.0.bn1"]] *= 0.4  # nearer to its end than the others
+        model.stage2[0].conv1.weight[~masks["stage2.0.bn1"]] *= (
+            0.4  # nearer to its end than the others
+        )
     penalty = ms.GrowingL2(model, masks, delta=0.5, every=2, ceiling=1e9, enough=6.0)
     smooth, factor, ended = {}, dict.fromkeys(masks, 0.0), {}
 
@@ -107,13 +127,23 @@ def test_greg1_holds_a_layer_when_the_kept_are_large_enough():
             assert float(penalty.factors[name].max()) == pytest.approx(factor[name])
 
     train(model, penalty, 60, check)
-    assert set(ended) == set(masks) and len(set(ended.values())) > 1, "every layer ended, not all at once"
+    assert set(ended) == set(masks) and len(set(ended.values())) > 1, (
+        "every layer ended, not all at once"
+    )
 
 
 def test_greg2_grows_all_picks_and_pushes():
     model = lively(ms.resnet(8, 3)).train()
     penalty = ms.GrowingL2(
-        model, reduction=RATIOS, pick_delta=0.2, pick_ceiling=0.8, delta=0.5, every=2, ceiling=2.0, enough=1e9, kept=-1e-4
+        model,
+        reduction=RATIOS,
+        pick_delta=0.2,
+        pick_ceiling=0.8,
+        delta=0.5,
+        every=2,
+        ceiling=2.0,
+        enough=1e9,
+        kept=-1e-4,
     )
     at_start = {name: smallest(conv, ratio) for name, conv, ratio in convolutions(model)}
     picked = {}
@@ -126,7 +156,9 @@ def test_greg2_grows_all_picks_and_pushes():
                 assert torch.allclose(factor, torch.full_like(factor, 0.2 * updates))
             return
         if updates == 4 and i % 2 == 0:  # 0.8: picked by the magnitudes of this moment
-            picked.update({name: smallest(conv, ratio) for name, conv, ratio in convolutions(model)})
+            picked.update(
+                {name: smallest(conv, ratio) for name, conv, ratio in convolutions(model)}
+            )
         # pushed from where the common factor stood: 0.8, then δ more each time until above the ceiling
         pushed = 0.8 + 0.5 * min(updates - 4, 3)
         for name, _, _ in convolutions(model):
@@ -135,7 +167,9 @@ def test_greg2_grows_all_picks_and_pushes():
 
     train(model, penalty, 20, check, lr=0.3)
     assert {n: set((~m).nonzero().flatten().tolist()) for n, m in penalty.masks.items()} == picked
-    assert picked != at_start, "in this run growing picks other filters than the L1 norm at the start"
+    assert picked != at_start, (
+        "in this run growing picks other filters than the L1 norm at the start"
+    )
 
 
 def test_one_shot_has_full_strength_from_the_first_iteration():
@@ -152,12 +186,20 @@ def test_one_shot_has_full_strength_from_the_first_iteration():
 def test_unstructured_weights_one_by_one(kind):
     model = lively(ms.resnet(8, 3)).train()
     masks = ms.masks_for_ratio(model, {"": 0.9, "conv": 0}, ms.weight_norms(model))
-    assert int((~masks["stage1.0.conv1"]).sum()) == math.ceil(0.9 * 16 * 16 * 9) and masks["conv"].all()
+    assert (
+        int((~masks["stage1.0.conv1"]).sum()) == math.ceil(0.9 * 16 * 16 * 9)
+        and masks["conv"].all()
+    )
     if kind == "GReg-1":
         penalty = ms.GrowingL2(model, masks, delta=0.1, every=1)
     else:
         penalty = ms.GrowingL2(
-            model, reduction={"": 0.9, "conv": 0}, unstructured=True, pick_delta=0.1, pick_ceiling=0.1, every=1
+            model,
+            reduction={"": 0.9, "conv": 0},
+            unstructured=True,
+            pick_delta=0.1,
+            pick_ceiling=0.1,
+            every=1,
         )
     penalty.step(0)
     w, drop = model.stage1[0].conv1.weight, ~masks["stage1.0.conv1"]
@@ -174,21 +216,33 @@ def test_unstructured_weights_one_by_one(kind):
 def test_a_pace_that_fits_a_short_run():
     """GReg-1 reaches its ceiling at 60 % of the run; GReg-2's common factor shrinks a free weight by e^-exponent."""
     model, rates = lively(ms.resnet(8, 3)), ms.learning_rates(0.05, 2000)
-    weight, penalty = 1.0, ms.GrowingL2(model, reduction={"": 0.5}, **ms.GrowingL2.pace(rates, 8.0, 5, 2.0))
+    weight, penalty = (
+        1.0,
+        ms.GrowingL2(model, reduction={"": 0.5}, **ms.GrowingL2.pace(rates, 8.0, 5, 2.0)),
+    )
     for i, rate in enumerate(rates.tolist()):
         penalty.step(i)
         if penalty.masks is not None:
             break
         weight *= math.exp(-rate / 0.1 * float(penalty.factors["stage1.0.bn1"][0]))
-    assert penalty.masks and math.log(weight) == pytest.approx(-2, rel=0.05)  # it grows in steps of 5 iterations
+    assert penalty.masks and math.log(weight) == pytest.approx(
+        -2, rel=0.05
+    )  # it grows in steps of 5 iterations
     rates = rates[::10]
     masks = ms.masks_for_ratio(model, {"": 0.5}, ms.filter_norms(model))
-    for way in ({"masks": masks} | ms.GrowingL2.pace(rates, 8.0, 5), {"reduction": {"": 0.5}} | ms.GrowingL2.pace(rates, 8.0, 5, 2.0)):
+    for way in (
+        {"masks": masks} | ms.GrowingL2.pace(rates, 8.0, 5),
+        {"reduction": {"": 0.5}} | ms.GrowingL2.pace(rates, 8.0, 5, 2.0),
+    ):
         penalty = ms.GrowingL2(model, **way)
         for i in range(200):
             penalty.step(i)
         at = penalty.history.set_index("iteration").factor
-        assert at[115] < at[125] and at[125] == pytest.approx(8, rel=0.06) and at[195] == pytest.approx(8, rel=0.06)
+        assert (
+            at[115] < at[125]
+            and at[125] == pytest.approx(8, rel=0.06)
+            and at[195] == pytest.approx(8, rel=0.06)
+        )
     with pytest.raises(ValueError, match="exponent=0: it must be above 0"):
         ms.GrowingL2.pace(rates, exponent=0)
 
@@ -198,13 +252,23 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
         torch.manual_seed(0)
         model = ms.resnet(8, 3)
         penalty = ms.GrowingL2(model, reduction=RATIOS, every=2, pick_delta=1e-3, pick_ceiling=4e-3)
-        ms.fit(model, tiny_data(), epochs=2, lr=0.01, batch_size=8, penalty=penalty, run=tmp_path / "run")
+        ms.fit(
+            model,
+            tiny_data(),
+            epochs=2,
+            lr=0.01,
+            batch_size=8,
+            penalty=penalty,
+            run=tmp_path / "run",
+        )
         return penalty
 
     first, again = run(), run()
     assert len(first.history) == 8 and first.history.equals(again.history)
     assert first.history.picked.tolist() == [False] * 4 + [True] * 4
-    assert first.magnitudes().shape == (8, 16 + 32 + 64) and torch.equal(first.magnitudes(), again.magnitudes())
+    assert first.magnitudes().shape == (8, 16 + 32 + 64) and torch.equal(
+        first.magnitudes(), again.magnitudes()
+    )
     assert torch.equal(first.magnitudes(first.layers[1]), first.magnitudes()[:, 16:48])
     assert all(torch.equal(first.masks[n], again.masks[n]) for n in first.masks)
 
@@ -217,10 +281,19 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
         ({"reduction": {"stage9": 0.5}}, "reduction for 'stage9': no such layer"),
         ({"reduction": 0.5, "delta": 0}, "delta=0: it must be above 0"),
         ({"reduction": 0.5, "every": -1}, "every=-1"),
-        ({"reduction": 0.5, "pick_ceiling": 2.0}, "pick_ceiling=2.0: it lies between 0 and ceiling=1.0"),
-        ({"masks": {"stage1.0.bn1": torch.arange(16) > 3}, "start": 2.0}, "start=2.0: it lies between 0 and ceiling=1.0"),
+        (
+            {"reduction": 0.5, "pick_ceiling": 2.0},
+            "pick_ceiling=2.0: it lies between 0 and ceiling=1.0",
+        ),
+        (
+            {"masks": {"stage1.0.bn1": torch.arange(16) > 3}, "start": 2.0},
+            "start=2.0: it lies between 0 and ceiling=1.0",
+        ),
         ({"masks": {"stage1.0.bn9": torch.ones(16, dtype=torch.bool)}}, "no such BatchNorm"),
-        ({"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}}, r"shape \[2, 2, 3, 3\]; its weights \[16"),
+        (
+            {"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}},
+            r"shape \[2, 2, 3, 3\]; its weights \[16",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

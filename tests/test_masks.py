@@ -87,7 +87,10 @@ def test_of_equal_gammas_only_as_many_go_as_must_and_layers_take_turns(residual)
 
 
 def test_scores_of_unknown_layers_are_refused():
-    with pytest.raises(ValueError, match="scores for 'stage1.0.bn9': the network has no such BatchNorm; did you mean 'stage1.0.bn"):
+    with pytest.raises(
+        ValueError,
+        match="scores for 'stage1.0.bn9': the network has no such BatchNorm; did you mean 'stage1.0.bn",
+    ):
         ms.masks_for_macs(ms.resnet(8), X, scores={"stage1.0.bn9": torch.ones(16)})
 
 
@@ -103,7 +106,9 @@ def test_reduction_out_of_reach_says_the_most():
         ms.masks_for_macs(model, X, 0.99)
     most = float(caught.value.args[0].split("left in each layer ")[1].split("%")[0]) / 100
     one = {n: torch.arange(len(g)) < 1 for n, g in ms.gammas(model).items()}
-    assert most == pytest.approx(1 - ms.cost(ms.prune(model, one), X).macs / ms.cost(model, X).macs, abs=1e-3)
+    assert most == pytest.approx(
+        1 - ms.cost(ms.prune(model, one), X).macs / ms.cost(model, X).macs, abs=1e-3
+    )
 
 
 def test_threshold_must_be_positive():
@@ -126,33 +131,62 @@ def test_masks_of_others(tmp_path, caplog):
     forms = {
         "bools.pt": (keep, "keep"),
         "drop.pt": ({n: ~m for n, m in conv.items()}, "drop"),
-        "floats.pt": ({f"module.{n}.weight": m.float()[None, :, None, None] for n, m in keep.items()}, "keep"),
+        "floats.pt": (
+            {f"module.{n}.weight": m.float()[None, :, None, None] for n, m in keep.items()},
+            "keep",
+        ),
         "indices.pt": ({n: m.nonzero().flatten() for n, m in conv.items()}, "keep"),
         "lists.json": ({n: m.tolist() for n, m in conv.items()}, "keep"),
         "drop.json": ({n: (~m).nonzero().flatten().tolist() for n, m in keep.items()}, "drop"),
         "ones.json": ({n: m.int().tolist() for n, m in keep.items()}, "keep"),
     }
     for file, (content, means) in forms.items():
-        torch.save(content, tmp_path / file) if file.endswith("pt") else (tmp_path / file).write_text(json.dumps(content))
+        torch.save(content, tmp_path / file) if file.endswith("pt") else (
+            tmp_path / file
+        ).write_text(json.dumps(content))
         found = ms.load_masks(tmp_path / file, model, means)
-        assert found.keys() == keep.keys() and all(torch.equal(found[n], keep[n]) for n in keep), file
+        assert found.keys() == keep.keys() and all(torch.equal(found[n], keep[n]) for n in keep), (
+            file
+        )
     assert not caplog.text
     (tmp_path / "shared.json").write_text(json.dumps({"stage1.0.bn2": list(range(12))}))
     ms.load_masks(tmp_path / "shared.json", model)
-    assert "stage1.0.bn2: 4 of 4 dropped channels stay, as layers that share them keep them" in caplog.text
+    assert (
+        "stage1.0.bn2: 4 of 4 dropped channels stay, as layers that share them keep them"
+        in caplog.text
+    )
 
 
-@pytest.mark.parametrize("content, means, message", [
-    ({"stage1.0.bn4": [0]}, "keep", "'stage1.0.bn4' is no BatchNorm of the network.*did you mean 'stage1.0.bn"),
-    ({"stage1.0.bn1": [True] * 15}, "keep", "'stage1.0.bn1' is for 15 channels; the layer has 16"),
-    ({"stage1.0.bn1": [3, 16]}, "keep", "'stage1.0.bn1' lists channel 16; the layer has 0 to 15"),
-    ({"stage1.0.bn1": [0.3] * 16}, "keep", "'stage1.0.bn1' holds 0.3…; expected a bool"),
-    ({"stage1.0.bn1": "all"}, "keep", "'stage1.0.bn1' is 'all'; expected a bool"),
-    ({"stage1.0.bn1": []}, "keep", "mask for 'stage1.0.bn1' keeps no channel"),
-    ({"stage1.0.bn1": [0], "stage1.0.conv1": [1]}, "keep", "'stage1.0.conv1' says another thing"),
-    ({}, "prune", "means='prune': what the masks list is to 'keep' or to 'drop'"),
-    ([1, 2], "keep", "holds a list; expected a dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, means, message",
+    [
+        (
+            {"stage1.0.bn4": [0]},
+            "keep",
+            "'stage1.0.bn4' is no BatchNorm of the network.*did you mean 'stage1.0.bn",
+        ),
+        (
+            {"stage1.0.bn1": [True] * 15},
+            "keep",
+            "'stage1.0.bn1' is for 15 channels; the layer has 16",
+        ),
+        (
+            {"stage1.0.bn1": [3, 16]},
+            "keep",
+            "'stage1.0.bn1' lists channel 16; the layer has 0 to 15",
+        ),
+        ({"stage1.0.bn1": [0.3] * 16}, "keep", "'stage1.0.bn1' holds 0.3…; expected a bool"),
+        ({"stage1.0.bn1": "all"}, "keep", "'stage1.0.bn1' is 'all'; expected a bool"),
+        ({"stage1.0.bn1": []}, "keep", "mask for 'stage1.0.bn1' keeps no channel"),
+        (
+            {"stage1.0.bn1": [0], "stage1.0.conv1": [1]},
+            "keep",
+            "'stage1.0.conv1' says another thing",
+        ),
+        ({}, "prune", "means='prune': what the masks list is to 'keep' or to 'drop'"),
+        ([1, 2], "keep", "holds a list; expected a dict"),
+    ],
+)
 def test_masks_of_others_that_do_not_fit(content, means, message, tmp_path):
     (tmp_path / "masks.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
@@ -174,20 +208,33 @@ def test_outgoing_norms_are_gamma_times_what_the_block_does_with_the_channel():
         for i in range(len(score)):
             sent = 0.0
             for o, norm in enumerate(block.bn2.weight):
-                sent += (norm.abs() / (block.bn2.running_var[o] + 1e-5).sqrt() * block.conv2.weight[o, i].abs().sum()).item()
-            assert score[i].item() == pytest.approx(sent / len(block.bn2.weight) * block.bn1.weight[i].abs().item(), rel=1e-4)
+                sent += (
+                    norm.abs()
+                    / (block.bn2.running_var[o] + 1e-5).sqrt()
+                    * block.conv2.weight[o, i].abs().sum()
+                ).item()
+            assert score[i].item() == pytest.approx(
+                sent / len(block.bn2.weight) * block.bn1.weight[i].abs().item(), rel=1e-4
+            )
 
 
 def test_scaled_weight_norms_are_what_a_weight_adds_in_evaluation():
     model = lively(ms.resnet(8))
     norms = ms.weight_norms(model, scaled=True)
     assert set(norms) == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)}
-    block, x = model.stage2[0], torch.randn(2, 32, 4, 4)  # inside the block, bn2(conv2(x)) is linear in each weight
+    block, x = (
+        model.stage2[0],
+        torch.randn(2, 32, 4, 4),
+    )  # inside the block, bn2(conv2(x)) is linear in each weight
     with torch.no_grad():
         before = block.bn2(block.conv2(x))
-        block.conv2.weight[5, 7, 1, 1] += block.conv2.weight[5, 7, 1, 1].clone()  # twice itself: its part once more
+        block.conv2.weight[5, 7, 1, 1] += block.conv2.weight[
+            5, 7, 1, 1
+        ].clone()  # twice itself: its part once more
         added = block.bn2(block.conv2(x)) - before
-    assert torch.allclose(added[:, 5].abs(), norms["stage2.0.conv2"][5, 7, 1, 1] * x[:, 7].abs(), atol=1e-5)
+    assert torch.allclose(
+        added[:, 5].abs(), norms["stage2.0.conv2"][5, 7, 1, 1] * x[:, 7].abs(), atol=1e-5
+    )
     assert added.abs().sum((0, 2, 3)).nonzero().flatten().tolist() == [5]
 
 
@@ -215,8 +262,12 @@ def test_no_layer_goes_below_the_floor(residual, caplog):
         best = model.stage3[2].bn1.weight.abs().topk(least).indices.sort().values
         assert torch.equal(masks["stage3.2.bn1"].nonzero().flatten(), best)
         assert ms.cost(ms.prune(model, masks), X).macs <= 0.6 * ms.cost(model, X).macs
-        assert ("one channel" if not floor else f"{floor:.1%} of the channels") + " kept in stage3.2.bn1" in caplog.text
-    with pytest.raises(ValueError, match="out of reach: with 90.0% of the channels left in each layer"):
+        assert (
+            "one channel" if not floor else f"{floor:.1%} of the channels"
+        ) + " kept in stage3.2.bn1" in caplog.text
+    with pytest.raises(
+        ValueError, match="out of reach: with 90.0% of the channels left in each layer"
+    ):
         ms.masks_for_macs(model, X, 0.4, residual, floor=0.9)
     with pytest.raises(ValueError, match="floor 1.5: the share"):
         ms.masks_for_macs(model, X, 0.4, floor=1.5)
@@ -230,12 +281,23 @@ def test_layers_keep_multiples_of_round_to(residual):
         masks = ms.masks_for_macs(model, X, 0.4, residual, round_to=to)
         assert {int(m.sum()) % to for m in masks.values()} == {0}
         small = ms.prune(model, masks, X)
-        assert {m.out_channels % to for m in small.modules() if isinstance(m, torch.nn.Conv2d)} == {0}
+        assert {m.out_channels % to for m in small.modules() if isinstance(m, torch.nn.Conv2d)} == {
+            0
+        }
         assert 0.55 < ms.cost(small, X).macs / whole <= 0.6
         assert (to == 1) == all(torch.equal(masks[n], m) for n, m in plain.items())
     masks = ms.masks_for_macs(model, X, 0.2, residual, round_to=24)
-    assert {(len(m), int(m.sum())) for m in masks.values()} <= {(16, 16), (32, 24), (32, 32), (64, 24), (64, 48), (64, 64)}
-    with pytest.raises(ValueError, match="with one channel left in each layer and multiples of 48 8.0% of the MACs"):
+    assert {(len(m), int(m.sum())) for m in masks.values()} <= {
+        (16, 16),
+        (32, 24),
+        (32, 32),
+        (64, 24),
+        (64, 48),
+        (64, 64),
+    }
+    with pytest.raises(
+        ValueError, match="with one channel left in each layer and multiples of 48 8.0% of the MACs"
+    ):
         ms.masks_for_macs(model, X, 0.9, round_to=48)
     with pytest.raises(ValueError, match="round_to=0: the number of channels"):
         ms.masks_for_macs(model, X, 0.4, round_to=0)

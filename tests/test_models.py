@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 import mslib as ms
-from mslib.models import untrained
+from mslib.networks import untrained
 
 from .conftest import lively
 
@@ -14,7 +14,11 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_depth_counts_the_layers_with_weights(depth):
-    layers = [m for m in ms.resnet(depth, 7).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    layers = [
+        m
+        for m in ms.resnet(depth, 7).modules()
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
     assert len(layers) == depth
     assert ms.resnet(depth, 7)(X[:, :, :16, :16]).shape == (2, 7)
 
@@ -28,7 +32,10 @@ def test_a_wrong_depth_is_named(depth):
 def test_vgg_of_the_papers():
     """The figures that Growing Regularization reports for VGG-19: 20.08 M parameters, 8.84 times fewer MACs at 0.7 a layer."""
     model, image = ms.vgg(19, 100), X[:1]
-    assert ms.cost(model, image).macs == 398_182_400 and round(ms.cost(model, image).params / 1e6, 2) == 20.08
+    assert (
+        ms.cost(model, image).macs == 398_182_400
+        and round(ms.cost(model, image).params / 1e6, 2) == 20.08
+    )
     assert ms.cost(ms.vgg(16), image).macs == 313_201_664
     masks = ms.masks_for_ratio(model, {"": 0.7, "features.1": 0}, ms.filter_norms(model))
     assert [int(m.sum()) for m in masks.values()][:4] == [64, 19, 38, 38] and len(masks) == 16
@@ -50,7 +57,10 @@ def test_a_pruned_vgg_is_saved_and_trained_anew(tmp_path):
 def test_option_a_shortcut():
     out = ms.PaddedShortcut(4, 8, 2)(X[:, :1].repeat(1, 4, 1, 1))
     assert out.shape == (2, 8, 16, 16)
-    assert torch.equal(out[:, 2:6], X[:, :1, ::2, ::2].repeat(1, 4, 1, 1)) and not out[:, [0, 1, 6, 7]].any()
+    assert (
+        torch.equal(out[:, 2:6], X[:, :1, ::2, ::2].repeat(1, 4, 1, 1))
+        and not out[:, [0, 1, 6, 7]].any()
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -59,7 +69,9 @@ def test_a_pruned_network_is_saved_with_its_widths(tmp_path, residual):
     small = ms.prune(model, ms.masks_for_macs(model, X, 0.6, residual))
     ms.save(small, tmp_path / "small.pt")
     assert torch.equal(ms.load(tmp_path / "small.pt").eval()(X), small(X))
-    assert (tmp_path / "small.pt").stat().st_size < 0.9 * sum(p.numel() * 4 for p in model.parameters())
+    assert (tmp_path / "small.pt").stat().st_size < 0.9 * sum(
+        p.numel() * 4 for p in model.parameters()
+    )
 
 
 def test_a_network_of_the_reader(tmp_path):
@@ -68,7 +80,10 @@ def test_a_network_of_the_reader(tmp_path):
     ms.save(small, tmp_path / "small.pt")
     with pytest.raises(ValueError, match=r"load\(path, model\)"):
         ms.load(tmp_path / "small.pt")
-    assert torch.equal(ms.load(tmp_path / "small.pt", torchvision.models.resnet18(num_classes=3)).eval()(X), small(X))
+    assert torch.equal(
+        ms.load(tmp_path / "small.pt", torchvision.models.resnet18(num_classes=3)).eval()(X),
+        small(X),
+    )
     with pytest.raises(ValueError, match="does not fit ResNet"):
         ms.load(tmp_path / "small.pt", ms.resnet(8))
 
@@ -117,7 +132,9 @@ def test_untrained_has_the_widths_and_none_of_the_weights():
     fresh = untrained(small)
     for (name, a), b in zip(small.named_parameters(), fresh.parameters()):
         assert a.shape == b.shape and not torch.equal(a, b), name
-    assert not any(b.running_mean.any() for b in fresh.modules() if isinstance(b, torch.nn.BatchNorm2d))
+    assert not any(
+        b.running_mean.any() for b in fresh.modules() if isinstance(b, torch.nn.BatchNorm2d)
+    )
 
 
 def test_every_channel_learns_from_the_first_step():

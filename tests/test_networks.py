@@ -13,27 +13,61 @@ from torch import nn
 
 import mslib as ms
 from mslib.files import ROOT
-from mslib.models import resize
+from mslib.networks import resize
 
 from .conftest import lively
 
 NAMES = (
-    "resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "vgg16_bn", "densenet121", "googlenet", "inception_v3",
-    "mobilenet_v2", "mobilenet_v3_small", "mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf",
-    "shufflenet_v2_x1_0", "squeezenet1_1", "alexnet", "convnext_tiny", "maxvit_t", "swin_t", "vit_b_16",
-)  # fmt: skip
-WHOLE = {"squeezenet1_1", "alexnet", "convnext_tiny", "swin_t", "vit_b_16"}  # no BatchNorm: nothing to go by
+    "resnet18",
+    "resnet50",
+    "wide_resnet50_2",
+    "resnext50_32x4d",
+    "vgg16_bn",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mnasnet1_0",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+    "alexnet",
+    "convnext_tiny",
+    "maxvit_t",
+    "swin_t",
+    "vit_b_16",
+)
+WHOLE = {
+    "squeezenet1_1",
+    "alexnet",
+    "convnext_tiny",
+    "swin_t",
+    "vit_b_16",
+}  # no BatchNorm: nothing to go by
 SIDE = {"inception_v3": 96, "maxvit_t": 224, "vit_b_16": 224}
 
 
 def network(name):
     """(network in float64 with random BatchNorms, image). VGG and AlexNet with narrow linear layers, to save memory."""
-    kwargs = {"googlenet": {"init_weights": True, "aux_logits": False}, "inception_v3": {"init_weights": False}}.get(name, {})
+    kwargs = {
+        "googlenet": {"init_weights": True, "aux_logits": False},
+        "inception_v3": {"init_weights": False},
+    }.get(name, {})
     model = torchvision.models.get_model(name, weights=None, **kwargs)
     if name in ("vgg16_bn", "alexnet"):
         for i, layer in enumerate(model.classifier):
             if isinstance(layer, nn.Linear):
-                model.classifier[i] = nn.Linear(min(layer.in_features, 25088 if name == "vgg16_bn" and i == 0 else 9216 if i == 1 else 64), 64)
+                model.classifier[i] = nn.Linear(
+                    min(
+                        layer.in_features,
+                        25088 if name == "vgg16_bn" and i == 0 else 9216 if i == 1 else 64,
+                    ),
+                    64,
+                )
     side = SIDE.get(name, 64)
     return lively(model).double(), torch.randn(1, 3, side, side, dtype=torch.float64)
 
@@ -43,7 +77,9 @@ def half(model, residual, seed=0):
     graph = ms.ChannelGraph(model)
     coin = torch.rand(len(graph.root), generator=torch.Generator().manual_seed(seed))
     scores = {name: coin[graph.root[graph.norms[name]]] for name in graph.prunable_norms(residual)}
-    return ms.masks._with_floor(graph, {name: s > 0.5 for name, s in scores.items()}, scores, tell=False)
+    return ms.masks._with_floor(
+        graph, {name: s > 0.5 for name, s in scores.items()}, scores, tell=False
+    )
 
 
 def difference(a, b, x):
@@ -57,15 +93,24 @@ def row(name):
     groups = ms.channel_groups(model)
     free = [g for g in groups if g.norms and not g.reason]
     masks = half(model, True)
-    left = f"{100 * ms.cost(ms.prune(model, masks), x).macs / ms.cost(model, x).macs:.0f} %" if masks else "all"
+    left = (
+        f"{100 * ms.cost(ms.prune(model, masks), x).macs / ms.cost(model, x).macs:.0f} %"
+        if masks
+        else "all"
+    )
     why = {}
     for g in groups:
         if g not in free:
             entered = re.search(r"it enters '(\w+)'", g.reason)
             why[
-                "the outputs" if "output of" in g.reason else f"what enters {entered[1]}" if entered
-                else "what no BatchNorm scales" if "before any" in g.reason or not g.norms else "what is behind"
-            ] = None  # fmt: skip
+                "the outputs"
+                if "output of" in g.reason
+                else f"what enters {entered[1]}"
+                if entered
+                else "what no BatchNorm scales"
+                if "before any" in g.reason or not g.norms
+                else "what is behind"
+            ] = None
     return f"| {name} | {len(free)} of {len(groups)} | {left} | {', '.join(why)} |"
 
 
@@ -73,7 +118,9 @@ def row(name):
 def test_readme_says_what_works(name):
     line = row(name)
     assert (name in WHOLE) == ("| all |" in line)
-    assert line in (ROOT / "README.md").read_text().splitlines(), f"`python -m tests.test_networks` prints: {line}"
+    assert line in (ROOT / "README.md").read_text().splitlines(), (
+        f"`python -m tests.test_networks` prints: {line}"
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -87,22 +134,34 @@ def test_pruned_equals_masked(name, residual):
     assert difference(resize(model, small.state_dict()), small, x) == 0  # as `load` builds it again
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in WHOLE | {"shufflenet_v2_x1_0"}])  # whose graph it cannot build
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in WHOLE | {"shufflenet_v2_x1_0"}]
+)  # whose graph it cannot build
 def test_torch_pruning_makes_the_same_network(name):
     model, x = network(name)
     masks = half(model, True)
-    ours, theirs, graph = ms.prune(model, masks), ms.zero_masked(model, masks), ms.ChannelGraph(model)
+    ours, theirs, graph = (
+        ms.prune(model, masks),
+        ms.zero_masked(model, masks),
+        ms.ChannelGraph(model),
+    )
     drop, modules = graph.dropped(masks), dict(theirs.named_modules())
     dependencies = tp.DependencyGraph().build_dependency(theirs, example_inputs=x)
     for writer, ids in graph.outputs.items():
         layer, gone = modules[writer], drop[ids].nonzero().flatten().tolist()
         width = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
         if gone and width == len(ids):  # not yet cut together with another
-            prune = tp.prune_linear_out_channels if isinstance(layer, nn.Linear) else tp.prune_conv_out_channels
+            prune = (
+                tp.prune_linear_out_channels
+                if isinstance(layer, nn.Linear)
+                else tp.prune_conv_out_channels
+            )
             if isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels > 1:
                 prune = tp.prune_depthwise_conv_out_channels
             dependencies.get_pruning_group(layer, prune, idxs=gone).prune()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert ms.cost(ours, x).macs == ms.cost(theirs, x).macs
     assert difference(ours, theirs, x) < 1e-9
 
@@ -171,46 +230,100 @@ class Draw:
 
     def convolution(self, width, out, groups=1):
         k = self.one(*self.kernels)
-        return [nn.Conv2d(width, out, k, padding=k // 2, groups=groups, bias=self.one(True, False)), nn.BatchNorm2d(out)]
+        return [
+            nn.Conv2d(width, out, k, padding=k // 2, groups=groups, bias=self.one(True, False)),
+            nn.BatchNorm2d(out),
+        ]
 
     def gate(self, width):
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 4, 1), nn.ReLU(), nn.Conv2d(4, width, 1), nn.Sigmoid())
+        return nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, width, 1),
+            nn.Sigmoid(),
+        )
 
     def block(self, width):
-        kind = self.one("plain", "depthwise", "grouped", "gated", "residual", "projection", "cat", "dense", "pool")
+        kind = self.one(
+            "plain",
+            "depthwise",
+            "grouped",
+            "gated",
+            "residual",
+            "projection",
+            "cat",
+            "dense",
+            "pool",
+        )
         if kind == "plain":
             return [*self.convolution(width, 12), self.activation()], 12
         if kind == "depthwise":
             times = self.one(1, 2)
-            inner = [*self.convolution(width, 8), nn.ReLU6(), *self.convolution(8, 8 * times, 8), self.activation()]
+            inner = [
+                *self.convolution(width, 8),
+                nn.ReLU6(),
+                *self.convolution(8, 8 * times, 8),
+                self.activation(),
+            ]
             return [*inner, *self.convolution(8 * times, width)], width
         if kind == "grouped":
-            return [*self.convolution(width, 12), nn.ReLU(), *self.convolution(12, 8, self.one(2, 4)), self.activation()], 8
+            return [
+                *self.convolution(width, 12),
+                nn.ReLU(),
+                *self.convolution(12, 8, self.one(2, 4)),
+                self.activation(),
+            ], 8
         if kind == "gated":
-            return [*self.convolution(width, 8), self.activation(), Branches("mul", nn.Identity(), self.gate(8)), nn.Dropout2d(0.1)], 8
+            return [
+                *self.convolution(width, 8),
+                self.activation(),
+                Branches("mul", nn.Identity(), self.gate(8)),
+                nn.Dropout2d(0.1),
+            ], 8
         if kind == "residual":
-            inner = nn.Sequential(*self.convolution(width, 8), self.activation(), *self.convolution(8, width))
+            inner = nn.Sequential(
+                *self.convolution(width, 8), self.activation(), *self.convolution(8, width)
+            )
             return [Branches("add", inner, nn.Identity()), nn.ReLU()], width
         if kind == "projection":
-            inner = nn.Sequential(*self.convolution(width, 8), nn.PReLU(8), *self.convolution(8, 10))
-            return [Branches("add", nn.Sequential(*self.convolution(width, 10)), inner), self.activation()], 10
+            inner = nn.Sequential(
+                *self.convolution(width, 8), nn.PReLU(8), *self.convolution(8, 10)
+            )
+            return [
+                Branches("add", nn.Sequential(*self.convolution(width, 10)), inner),
+                self.activation(),
+            ], 10
         if kind == "cat":
             parts = (nn.Sequential(*self.convolution(width, n), self.activation()) for n in (5, 7))
             return [Branches("cat", *parts)], 12
         if kind == "dense":
             parts = (nn.Identity(), nn.Conv2d(width, 4, 3, padding=1), nn.Conv2d(width, 6, 1))
             return [Branches("cat", *parts), nn.BatchNorm2d(width + 10), nn.ReLU()], width + 10
-        return [self.one(nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveMaxPool2d(4))], width
+        return [
+            self.one(
+                nn.MaxPool2d(2, ceil_mode=True),
+                nn.AvgPool2d(2, ceil_mode=True),
+                nn.AdaptiveMaxPool2d(4),
+            )
+        ], width
 
 
 def test_random_networks():
     """Pruned equals masked, every time; so do the shapes that `resize` gives a fresh network."""
     cut = 0
     for seed in range(300):
-        model, x = Draw(seed).model, torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        model, x = (
+            Draw(seed).model,
+            torch.randn(
+                2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            ),
+        )
         masks = half(model, residual=seed % 2 == 1, seed=seed)
         small = ms.prune(model, masks)
-        cut += sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        cut += sum(p.numel() for p in small.parameters()) < sum(
+            p.numel() for p in model.parameters()
+        )
         assert difference(small, ms.zero_masked(model, masks), x) < 1e-9, f"seed {seed}: {model}"
         assert difference(resize(model, small.state_dict()), small, x) == 0, f"seed {seed}"
     assert cut > 280
@@ -225,10 +338,20 @@ def test_folding_on_random_networks_without_a_border():
             continue
         masks = half(model, residual=seed % 2 == 1, seed=seed)
         gamma_only = ms.zero_masked(model, masks, keep_bias=True)
-        assert difference(ms.prune(model, masks, fold_bias=True), gamma_only, x) < 1e-6, f"seed {seed}: {model}"  # constants are float32
+        assert difference(ms.prune(model, masks, fold_bias=True), gamma_only, x) < 1e-6, (
+            f"seed {seed}: {model}"
+        )  # constants are float32
         mattered += difference(ms.prune(model, masks), gamma_only, x) > 1e-3
     assert mattered > 50
 
 
 if __name__ == "__main__":
-    print("\n".join(["| network | groups that can be cut | MACs left with half of them gone | what stays whole |", "|---|---|---|---|", *map(row, NAMES)]))
+    print(
+        "\n".join(
+            [
+                "| network | groups that can be cut | MACs left with half of them gone | what stays whole |",
+                "|---|---|---|---|",
+                *map(row, NAMES),
+            ]
+        )
+    )

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mslib as ms
+from mslib.data.shapes import CLASSES
 from mslib.files import ROOT
-from mslib.shapes import CLASSES
 
 from .conftest import lively, tiny_data
 
@@ -33,12 +33,21 @@ torch.save(model.state_dict(), f"{sys.argv[1]}/own-{os.environ.get('RANK', 0)}.p
 
 
 def command(processes, *words):
-    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python", sys.executable]
+    runner = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "--no-python",
+        sys.executable,
+    ]
     return [sys.executable, *(runner if processes > 1 else ()), "-c", SCRIPT, *map(str, words)]
 
 
 def train(processes, *words):
-    done = subprocess.run(command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -62,7 +71,9 @@ def test_two_processes_end_with_the_weights_of_one(alone, tmp_path):
     done = train(2, tmp_path / "two", 640, 4, "frozen")
     assert done.stderr.count("epoch 4/4") == 1  # the first process speaks
     assert same(weights(alone), weights(tmp_path / "two"), 1e-5)
-    one, two = (json.loads((f / "history.json").read_text())["epochs"] for f in (alone, tmp_path / "two"))
+    one, two = (
+        json.loads((f / "history.json").read_text())["epochs"] for f in (alone, tmp_path / "two")
+    )
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
     torch.manual_seed(0)
     before = lively(ms.resnet(8, 3)).state_dict()
@@ -83,13 +94,19 @@ def test_without_frozen_statistics_the_processes_agree_in_the_end(tmp_path):
 def test_one_killed_ends_the_other_and_the_run_goes_on(alone, tmp_path):
     folder = tmp_path / "killed"
     with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen(command(2, folder, 640, 4, "frozen"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command(2, folder, 640, 4, "frozen"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
         deadline = time.monotonic() + 200
         while not (folder / "epoch-0001.pt").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         said = (tmp_path / "log").read_text()
-        second = next(int(line.split()[1]) for line in said.splitlines() if line.startswith("process") and line.endswith("is 1"))
+        second = next(
+            int(line.split()[1])
+            for line in said.splitlines()
+            if line.startswith("process") and line.endswith("is 1")
+        )
         os.kill(second, signal.SIGKILL)
         assert process.wait(timeout=200) != 0
     assert "SIGKILL" in (tmp_path / "log").read_text() and not (folder / "history.json").exists()
@@ -100,7 +117,9 @@ def test_one_killed_ends_the_other_and_the_run_goes_on(alone, tmp_path):
 
 def test_a_batch_is_shared_evenly(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="batch_size=16 cannot be shared by 3 processes; take a multiple"):
+    with pytest.raises(
+        ValueError, match="batch_size=16 cannot be shared by 3 processes; take a multiple"
+    ):
         ms.fit(ms.resnet(8, 3), tiny_data(), epochs=1, lr=0.1, batch_size=16)
 
 
@@ -112,14 +131,31 @@ def folder(tmp_path_factory):
     return ms.image_folder("shapes", tmp_path_factory.mktemp("images") / "shapes", 24, (200, 40))
 
 
-def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(folder, tmp_path, monkeypatch):
+def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(
+    folder, tmp_path, monkeypatch
+):
     drawn, read = ms.load_data("shapes", image_size=24, sizes=(200, 40)), ms.load_data(str(folder))
-    assert set(drawn.classes) == set(read.classes) and len(read.train) + len(read.val) == 200 and len(read.test) == 40
-    found = {(read.classes[label], image.numpy().tobytes()) for image, label in zip(read.test.images, read.test.labels)}
-    assert found == {(drawn.classes[label], image.numpy().tobytes()) for image, label in zip(drawn.test.images, drawn.test.labels)}
+    assert (
+        set(drawn.classes) == set(read.classes)
+        and len(read.train) + len(read.val) == 200
+        and len(read.test) == 40
+    )
+    found = {
+        (read.classes[label], image.numpy().tobytes())
+        for image, label in zip(read.test.images, read.test.labels)
+    }
+    assert found == {
+        (drawn.classes[label], image.numpy().tobytes())
+        for image, label in zip(drawn.test.images, drawn.test.labels)
+    }
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    assert ms.image_folder("shapes", folder) == folder and ms.image_folder(str(folder), tmp_path / "copy") == folder
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before and not (tmp_path / "copy").exists()
+    assert (
+        ms.image_folder("shapes", folder) == folder
+        and ms.image_folder(str(folder), tmp_path / "copy") == folder
+    )
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before and not (
+        tmp_path / "copy"
+    ).exists()
     monkeypatch.setattr("PIL.Image.Image.save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ms.image_folder("shapes", tmp_path / "stopped", 24, (200, 40))
@@ -130,20 +166,36 @@ def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(folder, t
 def test_fit_from_a_folder(folder, workers, tmp_path):
     """Batches of the asked size; training learns, evaluates and goes on as from tensors; a second run is loaded."""
     data = ms.load_folder(folder, size=16, batch_size=30, workers=workers)
-    assert (data.example.shape, data.input_shape, len(data.train), len(data.val), len(data.test)) == ((1, 3, 16, 16), (3, 16, 16), 6, 1, 2)
+    assert (
+        data.example.shape,
+        data.input_shape,
+        len(data.train),
+        len(data.val),
+        len(data.test),
+    ) == ((1, 3, 16, 16), (3, 16, 16), 6, 1, 2)
     x, y = next(iter(data.train))
-    assert x.shape == (30, 3, 16, 16) and abs(float(x.mean())) < 1.5 and set(y.tolist()) <= set(range(10))
+    assert (
+        x.shape == (30, 3, 16, 16)
+        and abs(float(x.mean())) < 1.5
+        and set(y.tolist()) <= set(range(10))
+    )
     assert data.classes == tuple(sorted(CLASSES)) and "6 train batches" in repr(data)
     settings = dict(epochs=3, lr=0.05, precision="fp32", device="cpu", run=tmp_path / "run")
     torch.manual_seed(0)
     history = ms.fit(model := ms.resnet(8), data, **settings)
     assert history.loss.iloc[-1] < history.loss.iloc[0]
     torch.manual_seed(0)
-    again = ms.fit(ms.resnet(8), data, **settings | {"run": tmp_path / "again"})  # what a DataLoader draws follows from the seed
+    again = ms.fit(
+        ms.resnet(8), data, **settings | {"run": tmp_path / "again"}
+    )  # what a DataLoader draws follows from the seed
     assert again.loss.tolist() == history.loss.tolist()
-    assert ms.evaluate(model, data.test) == pytest.approx(100 * sum(int((model.eval()(x).argmax(1) == y).sum()) for x, y in data.test) / 40)
+    assert ms.evaluate(model, data.test) == pytest.approx(
+        100 * sum(int((model.eval()(x).argmax(1) == y).sum()) for x, y in data.test) / 40
+    )
     mean = model.bn.running_mean.clone()
-    assert not torch.equal(ms.recalibrate(model, data.train, images=60, batch_size=30).bn.running_mean, mean)
+    assert not torch.equal(
+        ms.recalibrate(model, data.train, images=60, batch_size=30).bn.running_mean, mean
+    )
 
 
 def test_batches_of_a_folder_are_shared_as_they_were_made(folder, monkeypatch):
@@ -167,12 +219,35 @@ def test_bad_folders_and_crops_are_named(folder, tmp_path):
 
 def test_the_imagenet_script_prunes_a_folder_in_two_processes(tmp_path):
     folder = ms.image_folder("shapes", tmp_path / "images", 32, (200, 40))
-    small = "--network resnet18 --weights= --size 32 --batch_size 20 --epochs 1 --finetune_epochs 1 --workers 0".split()
+    small = [
+        "--network",
+        "resnet18",
+        "--weights=",
+        "--size",
+        "32",
+        "--batch_size",
+        "20",
+        "--epochs",
+        "1",
+        "--finetune_epochs",
+        "1",
+        "--workers",
+        "0",
+    ]
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [str(ROOT / "notebooks" / "imagenet.py"), str(folder), "--runs", str(tmp_path / "runs"), *small]
+    words = [
+        str(ROOT / "notebooks" / "imagenet.py"),
+        str(folder),
+        "--runs",
+        str(tmp_path / "runs"),
+        *small,
+    ]
     done = subprocess.run(runner + words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     example = torch.zeros(1, 3, 32, 32)
-    pruned, whole = (ms.cost(ms.load(tmp_path / "runs" / name / "model.pt"), example) for name in ("finetune", "masked"))
+    pruned, whole = (
+        ms.cost(ms.load(tmp_path / "runs" / name / "model.pt"), example)
+        for name in ("finetune", "masked")
+    )
     assert pruned.macs <= (1 - 0.5107) * whole.macs
     assert done.stdout.count(str(pruned)) == 1  # the first process speaks

@@ -8,22 +8,35 @@ import torch
 import yaml
 
 import mslib as ms
-from mslib.course import REFERENCE
-from mslib.sweep import grid
+from mslib.course.stages import REFERENCE
+from mslib.course.sweeps import grid
 
 METRICS = sorted(REFERENCE.glob("*/*/metrics.json"))
-WEIGHTS = {"baseline": "baseline", "pruned": "masked: after the cut, folded", "final": "masked: fine-tuned"}
+WEIGHTS = {
+    "baseline": "baseline",
+    "pruned": "masked: after the cut, folded",
+    "final": "masked: fine-tuned",
+}
 
 
 def stages():
-    return [pytest.param(m.parent.parent.name, m.parent.name, id=f"{m.parent.parent.name}/{m.parent.name}") for m in METRICS]
+    return [
+        pytest.param(
+            m.parent.parent.name, m.parent.name, id=f"{m.parent.parent.name}/{m.parent.name}"
+        )
+        for m in METRICS
+    ]
 
 
 @pytest.mark.parametrize("name, lesson", stages())
 def test_a_reference_says_how_it_was_measured(name, lesson):
     metrics = json.loads((REFERENCE / name / lesson / "metrics.json").read_text())
     assert {"torch", "python", "hardware", "threads", "date", "settings"} <= metrics.keys()
-    assert lesson.startswith("00") or metrics["settings"]["seed"] >= 0 and metrics["settings"]["dataset"]
+    assert (
+        lesson.startswith("00")
+        or metrics["settings"]["seed"] >= 0
+        and metrics["settings"]["dataset"]
+    )
     stage = ms.reference(name)[lesson]
     assert (stage / f"{lesson}.ipynb").exists()
     for history in stage.path.glob("*/history.json"):
@@ -36,7 +49,11 @@ def test_a_reference_says_how_it_was_measured(name, lesson):
 @pytest.mark.parametrize("name, lesson", stages())
 def test_the_weights_reach_the_reported_top1_on_the_real_test_images(name, lesson, request):
     stage = ms.reference(name)[lesson]
-    found = [key for key in WEIGHTS if (stage / f"{key}.pt").exists() or (stage / key / "model.pt").exists()]
+    found = [
+        key
+        for key in WEIGHTS
+        if (stage / f"{key}.pt").exists() or (stage / key / "model.pt").exists()
+    ]
     if not found:
         pytest.skip("no weights in this stage")
     data = ms.load_data(request.getfixturevalue("cifar"))
@@ -55,13 +72,19 @@ def test_a_comparison_is_whole_fair_and_made_as_its_file_says(path):
     assert sorted(table[swept].itertuples(index=False, name=None)) == points
     for key in (wanted.keys() & set(table)) - {*swept, "epochs"}:
         assert (table[key] == wanted[key]).all(), key
-    cfg = ms.config(wanted["preset"], **{k: v for k, v in wanted.items() if k not in (*swept, "lesson", "preset")})
+    cfg = ms.config(
+        wanted["preset"],
+        **{k: v for k, v in wanted.items() if k not in (*swept, "lesson", "preset")},
+    )
     assert (table.epochs == cfg.epochs + cfg.sparse_epochs + cfg.finetune_epochs).all()
     side = cfg.image_size or 32
     left = table.macs / ms.cost(ms.resnet(cfg.depth), torch.zeros(1, 3, side, side)).macs
     assert left.between(0.98 - table.reduction, 1 - table.reduction).all()
     tested = cfg.test_size if cfg.dataset == "shapes" else 10_000
-    for column, images in {"top1": tested, "final": (cfg.train_size if cfg.dataset == "shapes" else 50_000) * cfg.val}.items():
+    for column, images in {
+        "top1": tested,
+        "final": (cfg.train_size if cfg.dataset == "shapes" else 50_000) * cfg.val,
+    }.items():
         right = table[column] * images / 100
         assert (right - right.round()).abs().max() < 1e-6, "a share of whole images"
     assert table.hardware.nunique() == table.torch.nunique() == 1

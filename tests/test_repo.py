@@ -15,10 +15,10 @@ import yaml
 from scipy import stats
 
 import mslib as ms
-from mslib import stamp
-from mslib.__main__ import main
-from mslib.course import NEEDS, REFERENCE
+from mslib.course.cli import main
+from mslib.course.stages import NEEDS, REFERENCE
 from mslib.files import ROOT, read_json
+from tools import stamp
 
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,19 +28,28 @@ LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def requirements(path):
     listed = yaml.safe_load((ROOT / path).read_text())["dependencies"]
     pip = next((d["pip"] for d in listed if isinstance(d, dict)), [])
-    return {re.split(r"[ <>=]", d)[0]: re.sub(r"^[\w-]+ ?", "", d) for d in listed if isinstance(d, str)}, pip
+    return {
+        re.split(r"[ <>=]", d)[0]: re.sub(r"^[\w-]+ ?", "", d) for d in listed if isinstance(d, str)
+    }, pip
 
 
 @pytest.mark.parametrize("path", ["environment.yml", "binder/environment.yml"])
 def test_conda_environments_hold_what_pyproject_asks_for(path):
     conda, pip = requirements(path)
-    conda = {{"pytorch": "torch", "pytorch-cpu": "torch"}.get(n, n) + version for n, version in conda.items()}
+    conda = {
+        {"pytorch": "torch", "pytorch-cpu": "torch"}.get(n, n) + version
+        for n, version in conda.items()
+    }
     if path == "environment.yml":
-        wanted = {d for d in PROJECT["dependencies"] if d != "pandas"} | {*PROJECT["optional-dependencies"]["test"]}
+        wanted = {d for d in PROJECT["dependencies"] if d != "pandas"} | {
+            *PROJECT["optional-dependencies"]["test"]
+        }
         assert wanted <= conda | {*pip} and "-e ." in pip
     else:
         assert {*PROJECT["dependencies"]} <= conda
-        assert any(re.fullmatch(r"python=3\.\d+", d) for d in conda), "repo2docker understands no range of versions"
+        assert any(re.fullmatch(r"python=3\.\d+", d) for d in conda), (
+            "repo2docker understands no range of versions"
+        )
 
 
 def test_binder_installs_the_course():
@@ -78,8 +87,15 @@ def test_readme_says_in_words_what_was_measured():
         points = sorted(control - top[f"{name}: fine-tuned"] for name in names)
         return f"{points[0]:.2f} to {points[-1]:.2f}"
 
-    cut = {name: top[f"{name}: before the cut"] - top[f"{name}: after the cut, folded"] for name in ("masked", "global")}
-    flow = [n.removesuffix(": fine-tuned") for n in top.index if n.startswith("feature flow") and n.endswith("fine-tuned")]
+    cut = {
+        name: top[f"{name}: before the cut"] - top[f"{name}: after the cut, folded"]
+        for name in ("masked", "global")
+    }
+    flow = [
+        n.removesuffix(": fine-tuned")
+        for n in top.index
+        if n.startswith("feature flow") and n.endswith("fine-tuned")
+    ]
     for words in (
         f"costs {cut['masked']:.2f} points of test top-1 after the masked penalty, and {cut['global']:.0f} after the global one",
         f"{behind(dense, 'global', 'masked')} points behind the dense network trained on for as long, "
@@ -92,17 +108,29 @@ def test_readme_says_in_words_what_was_measured():
 
 def test_readme_says_in_words_how_the_methods_compare():
     table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
-    top = table.pivot(index=["reduction", "seed"], columns="method", values="top1").groupby("reduction").mean()
+    top = (
+        table.pivot(index=["reduction", "seed"], columns="method", values="top1")
+        .groupby("reduction")
+        .mean()
+    )
     ahead = top.drop(columns="scratch").sub(top.scratch, axis=0)
     half, more, over_all = ahead.loc[0.5], ahead.loc[0.7], ["masked", "global", "l1-norm"]
     alike = ["uniform", "random", "greg-1", "greg-2", "flow"]
-    lost = table[table.reduction == 0.5].assign(lost=lambda t: t.before - t.folded).groupby("method").lost.mean().drop("scratch")
+    lost = (
+        table[table.reduction == 0.5]
+        .assign(lost=lambda t: t.before - t.folded)
+        .groupby("method")
+        .lost.mean()
+        .drop("scratch")
+    )
     aimed = ["masked", "greg-1", "greg-2"]
     for words in (
         f"leads, by {-half.uniform:.2f} points over *uniform*",
         f"by {-half.drop('uniform').max():.2f} to {-half.min():.2f} over the others",
         f"{-more[alike].min():.2f} points behind to {more[alike].max():.2f} ahead",
-        "*masked*, *global* and *l1-norm* end {:.2f}, {:.2f} and {:.2f} behind".format(*-more[over_all]),
+        "*masked*, *global* and *l1-norm* end {:.2f}, {:.2f} and {:.2f} behind".format(
+            *-more[over_all]
+        ),
         f"they lose {lost[aimed].max():.1f} points at most, the others {lost.drop(aimed).min():.0f} to {lost.max():.0f}.",
     ):
         assert words in README, words
@@ -111,9 +139,14 @@ def test_readme_says_in_words_how_the_methods_compare():
 
 def test_lesson_08_says_in_words_what_its_tables_say():
     """What the prose of lesson 08 adds to the tables printed in it."""
-    text = "\n".join(c.source for c in nbformat.read(ROOT / "notebooks" / "08_method_comparison.ipynb", 4).cells)
+    text = "\n".join(
+        c.source for c in nbformat.read(ROOT / "notebooks" / "08_method_comparison.ipynb", 4).cells
+    )
     table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
-    half, wide = table[table.reduction == 0.5], table.pivot(index=["reduction", "seed"], columns="method", values="top1")
+    half, wide = (
+        table[table.reduction == 0.5],
+        table.pivot(index=["reduction", "seed"], columns="method", values="top1"),
+    )
     kept = {row.method: [] for row in half.itertuples()}  # method -> a list of layers a seed
     for row in half.sort_values("seed").itertuples():
         kept[row.method].append([np.array(list(layer)) == "1" for layer in row.kept.split()])
@@ -122,32 +155,63 @@ def test_lesson_08_says_in_words_what_its_tables_say():
         """How much more the masks of two methods share than lots of the same share of each layer would."""
         gaps = []
         for one, other in zip(kept[a], kept[b]):
-            x, y, by_lot = np.concatenate(one), np.concatenate(other), sum(len(p) * p.mean() * q.mean() for p, q in zip(one, other))
+            x, y, by_lot = (
+                np.concatenate(one),
+                np.concatenate(other),
+                sum(len(p) * p.mean() * q.mean() for p, q in zip(one, other)),
+            )
             gaps.append((x & y).sum() / (x | y).sum() - by_lot / (x.sum() + y.sum() - by_lot))
         return np.mean(gaps)
 
-    pairs = [above_chance(a, b) for a, b in itertools.combinations(("uniform", "flow", "global", "l1-norm"), 2)]
-    same = [(np.concatenate(g) & np.concatenate(u)).sum() / np.concatenate(u).sum() for g, u in zip(kept["greg-2"], kept["uniform"])]
-    grown, aimed = (wide[a].sub(wide[b]).groupby("reduction").agg(["mean", "std"]) for a, b in (("uniform", "greg-1"), ("masked", "global")))
-    p = [stats.ttest_1samp((wide[m] - wide.uniform).loc[0.7], 0).pvalue for m in ("global", "l1-norm")]
+    pairs = [
+        above_chance(a, b)
+        for a, b in itertools.combinations(("uniform", "flow", "global", "l1-norm"), 2)
+    ]
+    same = [
+        (np.concatenate(g) & np.concatenate(u)).sum() / np.concatenate(u).sum()
+        for g, u in zip(kept["greg-2"], kept["uniform"])
+    ]
+    grown, aimed = (
+        wide[a].sub(wide[b]).groupby("reduction").agg(["mean", "std"])
+        for a, b in (("uniform", "greg-1"), ("masked", "global"))
+    )
+    p = [
+        stats.ttest_1samp((wide[m] - wide.uniform).loc[0.7], 0).pvalue
+        for m in ("global", "l1-norm")
+    ]
     final = table[~table.method.isin(["scratch", "l1-norm"])].groupby("reduction").final
-    lead = (wide.scratch.loc[0.5] - pd.read_csv(REFERENCE / "learning-rate-cifar10.csv").query("finetune_lr == 0.05").set_index("seed").top1)
+    lead = (
+        wide.scratch.loc[0.5]
+        - pd.read_csv(REFERENCE / "learning-rate-cifar10.csv")
+        .query("finetune_lr == 0.05")
+        .set_index("seed")
+        .top1
+    )
     uniform, control = wide.uniform.loc[0.7], pd.read_csv(REFERENCE / "control-cifar10.csv").top1
-    level, gap = f"{control.mean():.2f} ± {control.std():.2f} %", f"{control.mean() - uniform.mean():.2f} points ahead of *uniform*"
+    level, gap = (
+        f"{control.mean():.2f} ± {control.std():.2f} %",
+        f"{control.mean() - uniform.mean():.2f} points ahead of *uniform*",
+    )
     assert control.min() > wide.loc[0.7].max(axis=None) and f"{level}, {gap}" in README
     assert round(control.mean() - wide.scratch.loc[0.7].mean()) == 2
     for words in (
         f"{level}, two points above the first control, {gap}, whose architecture it is (Welch's p = {stats.ttest_ind(control, uniform, equal_var=False).pvalue:.3f})",
         f"share {min(pairs):.2f} to {max(pairs):.2f} more than lots",
         f"keeps {np.mean(same):.0%} of what".replace("%", " %"),
-        "Growing L2 ends {:.2f} ± {:.2f} and {:.2f} ± {:.2f} points behind".format(*grown.to_numpy().ravel()),
-        "is worth {:+.2f} ± {:.2f} and {:+.2f} ± {:.2f} points in the end".format(*aimed.to_numpy().ravel()),
+        "Growing L2 ends {:.2f} ± {:.2f} and {:.2f} ± {:.2f} points behind".format(
+            *grown.to_numpy().ravel()
+        ),
+        "is worth {:+.2f} ± {:.2f} and {:+.2f} ± {:.2f} points in the end".format(
+            *aimed.to_numpy().ravel()
+        ),
         f"paired p = {p[0]:.3f} and {p[1]:.3f}, uncorrected",
         "stand within {:.1f} points (at 70 % less, {:.1f})".format(*(final.max() - final.min())),
         f"lead of {lead.mean():.2f} ± {lead.std():.2f} has p = {stats.ttest_1samp(lead, 0).pvalue:.3f}",
     ):
         assert words in text, words
-    assert (wide.uniform > wide["greg-1"]).all() and wide[["global", "masked"]].lt(wide.scratch, axis=0).all(axis=None)
+    assert (wide.uniform > wide["greg-1"]).all() and wide[["global", "masked"]].lt(
+        wide.scratch, axis=0
+    ).all(axis=None)
 
 
 def test_readme_and_lesson_04_say_in_words_what_was_timed():
@@ -155,15 +219,27 @@ def test_readme_and_lesson_04_say_in_words_what_was_timed():
     ours = {row["what"]: row["ours"] for row in rows}
     share = {row["what"]: row["ratio"] for row in rows}
     pruned = "pruned ResNet-{} ({}), compiled, batch 128".format
-    inner, both, eights = (pruned(56, cut) for cut in ("inner channels", "inner and residual channels", "inner and residual channels in multiples of 8"))
+    inner, both, eights = (
+        pruned(56, cut)
+        for cut in (
+            "inner channels",
+            "inner and residual channels",
+            "inner and residual channels in multiples of 8",
+        )
+    )
     wide = [v for k, v in share.items() if k.startswith("pruned ResNet-50")]
-    assert abs(ours[inner] / ours[both] - 1) < 0.03 and round(share[eights] / share[both] - 1, 1) == 0.1
+    assert (
+        abs(ours[inner] / ours[both] - 1) < 0.03
+        and round(share[eights] / share[both] - 1, 1) == 0.1
+    )
     assert len(wide) == 2 and all(round(v, 1) == 0.8 for v in wide)
     lesson = (ROOT / "notebooks" / "04_pruning.ipynb").read_text(encoding="utf-8")
     for text, words in (
-        (README, "multiples of eight is worth a tenth"), (README, "comes to four fifths of the promise"),
-        (lesson, "the two networks are level, and multiples of eight are worth a tenth"), (lesson, "comes to four fifths of the promise"),
-    ):  # fmt: skip
+        (README, "multiples of eight is worth a tenth"),
+        (README, "comes to four fifths of the promise"),
+        (lesson, "the two networks are level, and multiples of eight are worth a tenth"),
+        (lesson, "comes to four fifths of the promise"),
+    ):
         assert words in text, words
 
 
@@ -173,7 +249,8 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
         target.parent.mkdir(exist_ok=True)
         target.write_text(
             path.read_text().replace(
-                'Repository = "https://github.com/' + stamp.address(), 'Repository = "https://github.com/me/my.course'
+                'Repository = "https://github.com/' + stamp.address(),
+                'Repository = "https://github.com/me/my.course',
             )
         )
     monkeypatch.setattr(stamp, "ROOT", tmp_path)
@@ -187,7 +264,10 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
 
 def test_links_in_readme_and_lessons_lead_somewhere():
     texts = [(ROOT / "README.md", README)]
-    texts += [(p, "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown")) for p in LESSONS]
+    texts += [
+        (p, "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown"))
+        for p in LESSONS
+    ]
     for path, text in texts:
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (path.parent / link).exists(), f"{path.name}: {link}"
@@ -195,8 +275,12 @@ def test_links_in_readme_and_lessons_lead_somewhere():
 
 def test_readme_names_only_make_targets_and_commands_that_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    code = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README))
-    assert {"run", "test", "lab", "bench"} <= set(re.findall(r"^make ([a-z]+)", code, re.M)) <= targets
+    code = "\n".join(
+        re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README)
+    )
+    assert (
+        {"run", "test", "lab", "bench"} <= set(re.findall(r"^make ([a-z]+)", code, re.M)) <= targets
+    )
     commands = set(re.findall(r"python -m mslib (\w+)", code))
     for command in commands:
         with pytest.raises(SystemExit, match="0"):
@@ -215,7 +299,7 @@ def test_readme_recipe_runs(tmp_path, monkeypatch):
 
     from PIL import Image
 
-    from mslib.shapes import CLASSES, draw_shapes
+    from mslib.data.shapes import CLASSES, draw_shapes
 
     for split, n, seed in (("train", 600, 1), ("test", 40, 2)):
         for i, (image, label) in enumerate(zip(*draw_shapes(n, 16, seed))):
@@ -224,18 +308,23 @@ def test_readme_recipe_runs(tmp_path, monkeypatch):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     shutil.make_archive(str(tmp_path / "my_images"), "zip", tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mslib.datasets.ROOT", tmp_path)
+    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path)
     code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "my_images.zip" in c)
     exec(compile(code, "README.md", "exec"), found := {})
     assert (tmp_path / "small.pt").exists() and (tmp_path / "small.onnx").exists()
-    assert ms.cost(found["small"], found["data"].example).macs <= 0.5 * ms.cost(found["model"], found["data"].example).macs
+    assert (
+        ms.cost(found["small"], found["data"].example).macs
+        <= 0.5 * ms.cost(found["model"], found["data"].example).macs
+    )
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_stored_lessons(path):
     notebook = nbformat.read(path, 4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "executed in order, from a fresh kernel"
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), (
+        "executed in order, from a fresh kernel"
+    )
     assert not any(o.output_type == "error" for c in code for o in c.outputs)
     assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
     ignored = [c for c in code if "NBVAL_IGNORE_OUTPUT" in c.source]
@@ -249,7 +338,9 @@ def test_stored_lessons(path):
     for part in ("Predict first", "## Exercises", "## To take away", "**Sources:**"):
         assert part in text, part
     assert text.count("<details>") == 2
-    assert not any("\\n" in o.get("text", "") for c in code for o in c.outputs), "a line break that was printed as two letters"
+    assert not any("\\n" in o.get("text", "") for c in code for o in c.outputs), (
+        "a line break that was printed as two letters"
+    )
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import mslib as ms
-from mslib.data import batches, normalize
+from mslib.data.tensors import batches, normalize
 from mslib.files import read_tensors
-from mslib.train import pick_layout, pick_precision
+from mslib.training.loop import pick_layout, pick_precision
 
 from .conftest import tiny_data
 
@@ -35,12 +35,16 @@ print(ms.evaluate(model, data.test))
 
 
 def train(folder):
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True
+    )
 
 
 def kill_in_the_middle_of_epoch(n, folder):
     """Start the training, and kill -9 it a moment after checkpoint n - 1 is written."""
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (folder / f"epoch-{n - 1:04d}.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -80,7 +84,11 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(undisturbed,
     newest = sorted(folder.glob("epoch-*.pt"))[-1]
     os.truncate(newest, newest.stat().st_size // 2)
     done = train(folder)
-    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stderr and "checkpoint before it" in done.stderr
+    assert (
+        done.returncode == 0
+        and f"{newest.name} cannot be read" in done.stderr
+        and "checkpoint before it" in done.stderr
+    )
     same_run(undisturbed, folder)
 
 
@@ -90,9 +98,11 @@ def test_a_finished_run_is_loaded_not_repeated(data, tmp_path, monkeypatch):
     history = ms.fit(model, data, **FAST, run=tmp_path / "run")
     torch.manual_seed(0)
     again = ms.resnet(8)
-    monkeypatch.setattr("mslib.train.batches", None)  # any step would fail
+    monkeypatch.setattr("mslib.training.loop.batches", None)  # any step would fail
     pd.testing.assert_frame_equal(ms.fit(again, data, **FAST, run=tmp_path / "run"), history)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
+    )
 
 
 def test_a_run_stopped_after_its_last_checkpoint_ends(data, tmp_path, monkeypatch):
@@ -104,7 +114,7 @@ def test_a_run_stopped_after_its_last_checkpoint_ends(data, tmp_path, monkeypatc
         raise OSError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr("mslib.train.save", full)
+        patch.setattr("mslib.training.loop.save", full)
         ms.fit(network(), data, **FAST, run=tmp_path / "run")
     assert ms.fit(network(), data, **FAST, run=tmp_path / "run").epoch.tolist() == [1, 2]
     assert (tmp_path / "run" / "history.json").exists()
@@ -113,7 +123,12 @@ def test_a_run_stopped_after_its_last_checkpoint_ends(data, tmp_path, monkeypatc
 def test_the_seed_decides_on_dropout_too(data):
     def train(drawn):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 20), torch.nn.Dropout(), torch.nn.Linear(20, 10))
+        model = torch.nn.Sequential(
+            torch.nn.Flatten(),
+            torch.nn.Linear(192, 20),
+            torch.nn.Dropout(),
+            torch.nn.Linear(20, 10),
+        )
         torch.rand(drawn)
         return ms.fit(model, data, **FAST).loss.tolist()
 
@@ -127,7 +142,9 @@ def test_a_penalty_is_known_by_its_masks_and_a_function_by_its_name(data, tmp_pa
         return ms.fit(model, data, **FAST, penalty=penalty(model), run=tmp_path / name)
 
     def of(start):
-        return lambda model: ms.MaskedL1(model, {"stage3.0.bn1": (torch.arange(64) - start) % 64 < 32}, 1e-3)
+        return lambda model: ms.MaskedL1(
+            model, {"stage3.0.bn1": (torch.arange(64) - start) % 64 < 32}, 1e-3
+        )
 
     fit(of(0), "masked")
     with pytest.raises(ValueError, match="other settings: penalty="):
@@ -137,7 +154,15 @@ def test_a_penalty_is_known_by_its_masks_and_a_function_by_its_name(data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", [dict(lr=0.1), dict(epochs=3), dict(seed=1), dict(penalty=True), dict(data=True), dict(model=True)]
+    "change",
+    [
+        dict(lr=0.1),
+        dict(epochs=3),
+        dict(seed=1),
+        dict(penalty=True),
+        dict(data=True),
+        dict(model=True),
+    ],
 )
 def test_a_folder_of_other_settings_is_refused_and_kept(data, tmp_path, change):
     def model(seed=0):
@@ -191,9 +216,16 @@ def test_it_learns(precision):
 
 def test_schedules():
     rates = ms.learning_rates(0.4, 100)
-    assert rates.argmax() == 20 and rates.max() == pytest.approx(0.4) and rates[0] == pytest.approx(0.02) and rates[-1] < 1e-3
+    assert (
+        rates.argmax() == 20
+        and rates.max() == pytest.approx(0.4)
+        and rates[0] == pytest.approx(0.02)
+        and rates[-1] < 1e-3
+    )
     assert rates[:20].diff().min() > 0 and rates[21:].diff().max() < 0
-    assert ms.learning_rates(1.0, 8, "step").tolist() == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert ms.learning_rates(1.0, 8, "step").tolist() == pytest.approx(
+        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
     assert ms.learning_rates(0.5, 3, "constant").tolist() == [0.5] * 3
     with pytest.raises(ValueError, match="'cosin'.*onecycle"):
         ms.learning_rates(1.0, 8, "cosin")
@@ -210,7 +242,9 @@ def test_evaluate_is_top1_in_percent_and_keeps_the_mode(data):
             return self.bias.expand(len(x), 10)
 
     model = Constant().train()
-    assert ms.evaluate(model, data.test, batch_size=7) == 100 * int((data.test.labels == 9).sum()) / 50
+    assert (
+        ms.evaluate(model, data.test, batch_size=7) == 100 * int((data.test.labels == 9).sum()) / 50
+    )
     assert model.training
 
 
@@ -220,9 +254,15 @@ def test_a_training_set_smaller_than_a_batch():
     ms.fit(ms.resnet(8, 3), data, epochs=1, lr=0.01, batch_size=64)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(epochs=0), "epochs=0"), (dict(lr=-1.0), "lr=-1.0"), (dict(precision="fp8"), "'fp8'"), (dict(schedule="x"), "'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(epochs=0), "epochs=0"),
+        (dict(lr=-1.0), "lr=-1.0"),
+        (dict(precision="fp8"), "'fp8'"),
+        (dict(schedule="x"), "'x'"),
+    ],
+)
 def test_settings_out_of_range(data, wrong, message):
     with pytest.raises(ValueError, match=message):
         ms.fit(ms.resnet(8), data, **(FAST | wrong))
@@ -254,41 +294,62 @@ def test_a_penalty_may_have_a_step(data):
     assert seen == list(range(2 * (180 // 16)))
 
 
-COMPILER = (shutil.which("g++") or shutil.which("clang++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
+COMPILER = (shutil.which("g++") or shutil.which("clang++")) and Path(
+    sysconfig.get_path("include"), "Python.h"
+).exists()
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
 def test_a_captured_step_learns_the_same(data, monkeypatch):
     histories, captured, compiling = [], [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **how: captured.append(model) or compiling(model, **how))
-    ms.fit(plain := ms.resnet(14), data, **FAST | {"epochs": 1}, capture=True)  # without hooks: its graph is not to be reused
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **how: captured.append(model) or compiling(model, **how)
+    )
+    ms.fit(
+        plain := ms.resnet(14), data, **FAST | {"epochs": 1}, capture=True
+    )  # without hooks: its graph is not to be reused
     for capture in ("0", "1"):
         assert captured == [plain]
         monkeypatch.setenv("MSLIB_CAPTURE", capture)
         torch.manual_seed(0)
         model = ms.resnet(14)
-        histories.append(ms.fit(model, data, **FAST, penalty=ms.FeatureFlow(model, 1.0)))  # whose hooks see the network's inside
+        histories.append(
+            ms.fit(model, data, **FAST, penalty=ms.FeatureFlow(model, 1.0))
+        )  # whose hooks see the network's inside
     assert captured == [plain, model] and histories[1].penalty.min() > 0.1
-    pd.testing.assert_frame_equal(histories[0].drop(columns="val_top1"), histories[1].drop(columns="val_top1"), rtol=1e-2)
+    pd.testing.assert_frame_equal(
+        histories[0].drop(columns="val_top1"), histories[1].drop(columns="val_top1"), rtol=1e-2
+    )
 
 
 def test_layout_goes_by_widths_precision_and_device():
     odd = ms.prune(ms.resnet(8), {"stage1.0.bn1": torch.arange(16) < 13})
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_layout(odd, cpu, "bf16") is torch.contiguous_format
-    for model, device, precision in ((odd, cpu, "fp32"), (odd, gpu, "bf16"), (ms.resnet(8), cpu, "bf16")):
+    for model, device, precision in (
+        (odd, cpu, "fp32"),
+        (odd, gpu, "bf16"),
+        (ms.resnet(8), cpu, "bf16"),
+    ):
         assert pick_layout(model, device, precision) is torch.channels_last
 
 
 def test_no_bf16_where_a_strided_convolution_reads_one_pixel(data, monkeypatch):
     """There the gradient of the weights that only see padding is whatever lay in memory; it should be zero."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 8), torch.nn.Conv2d(64, 64, 3, 2, 1), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 64, 8),
+        torch.nn.Conv2d(64, 64, 3, 2, 1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 10),
+    )
     before = model[1].weight.detach().clone()
     ms.fit(model, data, epochs=1, lr=0.01, batch_size=16, weight_decay=0, device="cpu")
     moved = (model[1].weight - before).abs().amax((0, 1))
     assert moved[1, 1] > 0 and moved[0].max() == 0
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert [pick_precision("auto", torch.device("cpu"), net, data) for net in (model, ms.resnet(8))] == ["fp32", "bf16"]
+    assert [
+        pick_precision("auto", torch.device("cpu"), net, data) for net in (model, ms.resnet(8))
+    ] == ["fp32", "bf16"]
 
 
 def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
@@ -300,20 +361,38 @@ def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
             m.running_mean += 3
             m.running_var *= 9
     for net in (model, spoiled):
-        assert ms.recalibrate(net.eval(), data.train, images=150, batch_size=50) is net and not net.training
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), spoiled.state_dict().values()))
+        assert (
+            ms.recalibrate(net.eval(), data.train, images=150, batch_size=50) is net
+            and not net.training
+        )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), spoiled.state_dict().values())
+    )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights))
     assert float(model.bn.running_var.min()) > 0 and int(model.bn.num_batches_tracked) == 3
-    means = torch.stack([model.conv(x).detach().mean((0, 2, 3)) for x, _ in batches(data.train, 180)]).mean(0)  # of the images as they are
-    assert float((model.bn.running_mean - means).abs().max()) < 0.3 < float((model.bn.running_mean + 3 - means).abs().max())
+    means = torch.stack(
+        [model.conv(x).detach().mean((0, 2, 3)) for x, _ in batches(data.train, 180)]
+    ).mean(0)  # of the images as they are
+    assert (
+        float((model.bn.running_mean - means).abs().max())
+        < 0.3
+        < float((model.bn.running_mean + 3 - means).abs().max())
+    )
 
 
 def test_recalibrate_draws_the_same_from_a_loader_each_time(data):
     images = torch.utils.data.TensorDataset(normalize(data.train.images), data.train.labels)
-    loader, first = torch.utils.data.DataLoader(images, 32, shuffle=True), ms.resnet(8, len(data.classes))
+    loader, first = (
+        torch.utils.data.DataLoader(images, 32, shuffle=True),
+        ms.resnet(8, len(data.classes)),
+    )
     again = copy.deepcopy(first)
     ms.recalibrate(first, loader, images=64, batch_size=32)
     before = torch.get_rng_state()
     ms.recalibrate(again, loader, images=64, batch_size=32)
-    assert torch.equal(first.bn.running_mean, again.bn.running_mean) and int(first.bn.num_batches_tracked) == 2
+    assert (
+        torch.equal(first.bn.running_mean, again.bn.running_mean)
+        and int(first.bn.num_batches_tracked) == 2
+    )
     assert torch.equal(torch.get_rng_state(), before)

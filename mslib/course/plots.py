@@ -5,22 +5,43 @@ import numpy as np
 import seaborn as sns
 import torch
 
-from .groups import channel_groups
-from .models import batch_norms
+from ..networks import batch_norms
+from ..pruning.groups import channel_groups
 
 sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
 plt.rcParams.update(
-    {"figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.titlesize": 11, "axes.titleweight": "bold"}
+    {
+        "figure.dpi": 80,
+        "savefig.dpi": 80,
+        "figure.facecolor": "white",
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+    }
 )
 
 _palette = sns.color_palette("colorblind")
 COLORS = {
-    "baseline": "#555555", "dense": "#555555", "global": _palette[1], "masked": _palette[0], "proximal": _palette[4],
-    "scratch": _palette[2], "published": "#111111", "kept": _palette[0], "dropped": _palette[3],
-    "one-shot": _palette[5], "fixed": _palette[7], "greg-1": _palette[9], "greg-2": _palette[6],
-    "random": _palette[7], "uniform": _palette[8], "l1-norm": _palette[3], "flow": _palette[4],
-    "length + curvature": _palette[8], "length": _palette[2], "curvature": _palette[9],
-}  # fmt: skip
+    "baseline": "#555555",
+    "dense": "#555555",
+    "global": _palette[1],
+    "masked": _palette[0],
+    "proximal": _palette[4],
+    "scratch": _palette[2],
+    "published": "#111111",
+    "kept": _palette[0],
+    "dropped": _palette[3],
+    "one-shot": _palette[5],
+    "fixed": _palette[7],
+    "greg-1": _palette[9],
+    "greg-2": _palette[6],
+    "random": _palette[7],
+    "uniform": _palette[8],
+    "l1-norm": _palette[3],
+    "flow": _palette[4],
+    "length + curvature": _palette[8],
+    "length": _palette[2],
+    "curvature": _palette[9],
+}
 
 
 def color(name):
@@ -51,9 +72,13 @@ def images(split, classes, title, each=8):
 def curves(histories, title, columns=("loss", "val_top1")):
     """Training histories over epochs; returns the last axes. `histories`: dict[name -> frame of `fit`]."""
     labels = {
-        "loss": "training loss (cross-entropy)", "val_top1": "held-out top-1 (%)", "lr": "learning rate",
-        "penalty": "penalty (added to the loss)", "gamma_below": "share of |γ| < 0.01", "gamma_median": "median |γ|",
-    }  # fmt: skip
+        "loss": "training loss (cross-entropy)",
+        "val_top1": "held-out top-1 (%)",
+        "lr": "learning rate",
+        "penalty": "penalty (added to the loss)",
+        "gamma_below": "share of |γ| < 0.01",
+        "gamma_median": "median |γ|",
+    }
     fig, axes = figure(title, columns=len(columns))
     for ax, column in zip(np.atleast_1d(axes), columns):
         for name, frame in histories.items():
@@ -68,7 +93,12 @@ def curves(histories, title, columns=("loss", "val_top1")):
 def keep_flags(model, masks):
     """For every BatchNorm channel in the order of the network: 1 kept, 0 dropped, nan not in `masks` (float [channels])."""
     norms = batch_norms(model)
-    return np.concatenate([masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan) for n, m in norms])
+    return np.concatenate(
+        [
+            masks[n].float().numpy() if n in masks else np.full(m.num_features, np.nan)
+            for n, m in norms
+        ]
+    )
 
 
 def gamma_histograms(panels, title, flags, threshold=None, axes=None):
@@ -79,7 +109,13 @@ def gamma_histograms(panels, title, flags, threshold=None, axes=None):
     top = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
         for flag, label in ((1, "kept"), (0, "dropped")):
-            ax.hist(gamma[flags == flag], bins=np.linspace(0, top, 50), color=COLORS[label], alpha=0.7, label=label)
+            ax.hist(
+                gamma[flags == flag],
+                bins=np.linspace(0, top, 50),
+                color=COLORS[label],
+                alpha=0.7,
+                label=label,
+            )
         ax.set(title=name, xlabel="|γ|", yscale="log")
     if threshold:
         ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
@@ -109,7 +145,9 @@ def kept_channels(masks, title):
     x = np.arange(len(masks))
     ax.bar(x, total, color=COLORS["dropped"], alpha=0.35, label="dropped")
     ax.bar(x, kept, color=COLORS["kept"], label="kept")
-    ax.set_xticks(x, [n.replace("stage", "s").replace(".bn", " bn") for n in masks], rotation=90, fontsize=7)
+    ax.set_xticks(
+        x, [n.replace("stage", "s").replace(".bn", " bn") for n in masks], rotation=90, fontsize=7
+    )
     ax.set(xlabel="BatchNorm layer, input to output", ylabel="channels")
     ax.legend()
 
@@ -119,7 +157,9 @@ def trajectories(flows, title):
     _, axes = figure(title, columns=len(next(iter(flows.values()))))
     axes = np.atleast_1d(axes)  # one stretch makes one axis
     for s, ax in enumerate(axes):
-        ways = {name: torch.stack(stretches[s])[:, 0].flatten(1) for name, stretches in flows.items()}  # [layers, features]
+        ways = {
+            name: torch.stack(stretches[s])[:, 0].flatten(1) for name, stretches in flows.items()
+        }  # [layers, features]
         points = torch.cat(list(ways.values()))
         directions = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2]
         for name, way in ways.items():
@@ -150,15 +190,30 @@ def groups(model, title):
     fig, ax = figure(title, 8, 0.2 * len(layers) + 1.5)
     for column, g in enumerate(found):
         rows = [layers.index(n) for n in (*g.writers, *g.norms, *g.readers)]
-        ink = COLORS["masked"] if len(g.norms) == 1 else COLORS["global"] if g.norms else COLORS["dense"]
-        ax.plot([column] * 2, [min(rows), max(rows)], color=ink, alpha=0.35, lw=5, solid_capstyle="round")
+        ink = (
+            COLORS["masked"]
+            if len(g.norms) == 1
+            else COLORS["global"]
+            if g.norms
+            else COLORS["dense"]
+        )
+        ax.plot(
+            [column] * 2,
+            [min(rows), max(rows)],
+            color=ink,
+            alpha=0.35,
+            lw=5,
+            solid_capstyle="round",
+        )
         for kind, (mark, word) in marks.items():
             ys = [layers.index(n) for n in getattr(g, kind)]
             style = dict(marker=mark, s=34, color=ink, edgecolor="white", zorder=3)
             ax.scatter([column] * len(ys), ys, **style, label=word if column == 0 else None)
     ax.set_yticks(range(len(layers)), layers, fontsize=7)
     ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
-    ax.set(xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)")
+    ax.set(
+        xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)"
+    )
     ax.invert_yaxis()
     ax.legend(loc="upper right", fontsize=8)
 
@@ -179,7 +234,9 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
 
 def result(stages, path):
     """The course in one picture, written to `path`: γ under both penalties, top-1 before and after the cut and in the end."""
-    base, sparse, masked, pruned, last = (stages[n] for n in stages if n[:2] in ("01", "02", "03", "04", "05"))
+    base, sparse, masked, pruned, last = (
+        stages[n] for n in stages if n[:2] in ("01", "02", "03", "04", "05")
+    )
     fig, axes = figure("Who is pushed, and what the cut costs", width=11, columns=3)
     panels = {
         "|γ| under the global penalty": sparse.gammas("global")[-1],
@@ -188,7 +245,10 @@ def result(stages, path):
     gamma_histograms(panels, "", keep_flags(base.model("baseline"), sparse.masks()), axes=axes[:2])
     stations = ("before the cut", "after the cut, folded", "fine-tuned")
     for name, first in {"global": sparse, "masked": masked}.items():
-        tops = [found.top1(f"{name}: {station}") for found, station in zip((first, pruned, last), stations)]
+        tops = [
+            found.top1(f"{name}: {station}")
+            for found, station in zip((first, pruned, last), stations)
+        ]
         axes[2].plot(tops, "o-", color=color(name), label=name)
     axes[2].axhline(base.top1("baseline"), color=COLORS["baseline"], ls="--", label="baseline")
     axes[2].set(title="test top-1 (%), same channels removed")
@@ -201,8 +261,19 @@ def result(stages, path):
 def published(ax, value, text):
     """Mark a published top-1 (percent) by a dotted line."""
     ax.axhline(value, color=COLORS["published"], ls=":")
-    where = dict(xycoords=("axes fraction", "data"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)
-    ax.annotate(f"published: {text} {value:g}", (0, value), bbox=dict(fc="white", ec="none", pad=0.5), **where)
+    where = dict(
+        xycoords=("axes fraction", "data"),
+        xytext=(3, -2),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+    )
+    ax.annotate(
+        f"published: {text} {value:g}",
+        (0, value),
+        bbox=dict(fc="white", ec="none", pad=0.5),
+        **where,
+    )
 
 
 def dots(ours, published, title, unit):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 
-from .export import session
+from .exports import session
 
 log = logging.getLogger("mslib")
 
@@ -69,7 +69,9 @@ def latency(model, example, seconds=1.0, compiled=False):
     Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
     Raises RuntimeError where torch.compile cannot do its work.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a CUDA compiler, in vain
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
 
     if isinstance(model, (str, Path)):
@@ -80,7 +82,11 @@ def latency(model, example, seconds=1.0, compiled=False):
         try:
             run = fuse(run)
         except Exception as error:
-            log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, str(error).splitlines()[0])
+            log.warning(
+                "%s is timed with its BatchNorms: %s",
+                type(model).__name__,
+                str(error).splitlines()[0],
+            )
         run = run.to(memory_format=torch.channels_last)
         x = example.to(next(run.parameters()).device, memory_format=torch.channels_last)
         if compiled:
@@ -90,7 +96,9 @@ def latency(model, example, seconds=1.0, compiled=False):
                 run(x)
             except Exception as error:  # of many kinds, by what is missing
                 why = str(error).strip().splitlines()[0]
-                raise RuntimeError(f"torch.compile cannot compile {type(model).__name__} here: {why}; install g++, or leave compiled=False") from error
+                raise RuntimeError(
+                    f"torch.compile cannot compile {type(model).__name__} here: {why}; install g++, or leave compiled=False"
+                ) from error
     threads = torch.get_num_threads()
     timer = Timer("model(x)", globals={"model": run, "x": x}, num_threads=threads)
     timer.timeit(3)  # warm

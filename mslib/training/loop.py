@@ -15,10 +15,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from . import parallel
-from .data import Split, batches, steps_per_epoch
-from .files import read_tensors, write_tensors
-from .models import batch_norms, load, save
+from .. import processes as parallel
+from ..data.tensors import Split, batches, steps_per_epoch
+from ..files import read_tensors, write_tensors
+from ..networks import batch_norms, load, save
 from .progress import Progress
 from .runs import Run, read_history
 
@@ -44,9 +44,22 @@ def learning_rates(lr, steps, schedule="onecycle"):
 
 
 def fit(
-    model, data, *, epochs, lr, batch_size=128, schedule="onecycle", weight_decay=5e-4, penalty=None,
-    seed=0, run=None, frozen_statistics=False, precision="auto", device="auto", capture=None,
-):  # fmt: skip
+    model,
+    data,
+    *,
+    epochs,
+    lr,
+    batch_size=128,
+    schedule="onecycle",
+    weight_decay=5e-4,
+    penalty=None,
+    seed=0,
+    run=None,
+    frozen_statistics=False,
+    precision="auto",
+    device="auto",
+    capture=None,
+):
     """Train `model` in place on `data.train` with SGD (Nesterov momentum 0.9); return the history, one row an epoch.
 
     `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
@@ -71,41 +84,64 @@ def fit(
     if epochs < 1 or lr <= 0 or batch_size < 1:
         raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
     if isinstance(data.train, Split) and batch_size % parallel.world():
-        raise ValueError(f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple")
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple"
+        )
     device = pick_device(device)
     if device.type == "cpu":
         _keep_freed_memory()
     precision = pick_precision(precision, device, model, data)
     layout = pick_layout(model, device, precision)
     model.to(device, memory_format=layout)
-    train, val = (split.to(device) if isinstance(split, Split) else split for split in (data.train, data.val))
+    train, val = (
+        split.to(device) if isinstance(split, Split) else split for split in (data.train, data.val)
+    )
     steps = steps_per_epoch(train, batch_size)
     rates = learning_rates(lr, epochs * steps, schedule).tolist()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay
+    )
 
     progress = Progress(Path(run).name if run else "fit")
     start, history, gammas, seconds = 0, [], [all_gammas(model)], 0.0
     if run is not None:
-        run = Run(run, {
-            "epochs": epochs, "lr": lr, "batch_size": batch_size, "schedule": schedule, "weight_decay": weight_decay,
-            "penalty": re.sub(r" at 0x\w+", "", repr(penalty)) if penalty else None, "seed": seed, "data": data.fingerprint,
-            **({"frozen_statistics": True} if frozen_statistics else {}),
-            "weights_l1": sum(float(p.detach().double().abs().sum()) for p in model.parameters()),
-        })  # fmt: skip
+        run = Run(
+            run,
+            {
+                "epochs": epochs,
+                "lr": lr,
+                "batch_size": batch_size,
+                "schedule": schedule,
+                "weight_decay": weight_decay,
+                "penalty": re.sub(r" at 0x\w+", "", repr(penalty)) if penalty else None,
+                "seed": seed,
+                "data": data.fingerprint,
+                **({"frozen_statistics": True} if frozen_statistics else {}),
+                "weights_l1": sum(
+                    float(p.detach().double().abs().sum()) for p in model.parameters()
+                ),
+            },
+        )
         if run.finished:
             load(run.path / "model.pt", model)
             if (run.path / "penalty.pt").exists():
                 _optional(penalty, "load_state_dict")(read_tensors(run.path / "penalty.pt"))
             history = read_history(run.path)
             progress.update(
-                f"finished before, loaded: {epochs} epochs, held-out top-1 {history.val_top1.iloc[-1]:.2f} %", keep=True
+                f"finished before, loaded: {epochs} epochs, held-out top-1 {history.val_top1.iloc[-1]:.2f} %",
+                keep=True,
             )
             progress.close()
             return history
         if state := run.latest():
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            start, history, gammas, seconds = state["epoch"], state["history"], list(state["gammas"]), state["seconds"]
+            start, history, gammas, seconds = (
+                state["epoch"],
+                state["history"],
+                list(state["gammas"]),
+                state["seconds"],
+            )
             _optional(penalty, "load_state_dict")(state["penalty"])
 
     began, wrapped = time.monotonic() - seconds, parallel.wrap(model, device)
@@ -113,34 +149,65 @@ def fit(
         torch.compiler.reset()  # it would reuse a graph captured without a penalty's hooks, and gives up after eight networks
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
     for epoch in range(start, epochs):
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
+        generator = torch.Generator().manual_seed(
+            seed * 100_003 + epoch
+        )  # an epoch's draws depend on nothing before it
         torch.manual_seed(seed * 100_003 + epoch)  # for what draws in a network or a DataLoader
-        getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(seed * 100_003 + epoch)
+        getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(
+            seed * 100_003 + epoch
+        )
         model.train()
         if frozen_statistics:
             for m in model.modules():
                 m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
         mine = batches(train, batch_size, generator, (parallel.rank(), parallel.world()))
-        loader = ((x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True)) for x, y in mine)
+        loader = (
+            (x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True))
+            for x, y in mine
+        )
         loss, extra = _epoch(
-            wrapped, loader, optimizer, penalty, rates[epoch * steps : (epoch + 1) * steps], epoch * steps, precision,
-            lambda i, epoch=epoch: progress.update(f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"),
-        )  # fmt: skip
+            wrapped,
+            loader,
+            optimizer,
+            penalty,
+            rates[epoch * steps : (epoch + 1) * steps],
+            epoch * steps,
+            precision,
+            lambda i, epoch=epoch: progress.update(
+                f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"
+            ),
+        )
         parallel.agree(model)
         gammas.append(all_gammas(model))
-        history.append({
-            "epoch": epoch + 1, "lr": rates[(epoch + 1) * steps - 1], "loss": loss, "penalty": extra, "val_top1": evaluate(model, val, precision=precision),
-            "gamma_median": float(gammas[-1].float().median()), "gamma_below": float((gammas[-1] < 0.01).float().mean()),
-        })  # fmt: skip
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "lr": rates[(epoch + 1) * steps - 1],
+                "loss": loss,
+                "penalty": extra,
+                "val_top1": evaluate(model, val, precision=precision),
+                "gamma_median": float(gammas[-1].float().median()),
+                "gamma_below": float((gammas[-1] < 0.01).float().mean()),
+            }
+        )
         row, seconds = history[-1], time.monotonic() - began
         if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}")
+            raise FloatingPointError(
+                f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}"
+            )
         if run and not parallel.rank():
-            run.save_checkpoint(epoch + 1, {
-                "epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history,
-                "gammas": torch.stack(gammas), "seconds": seconds,
-                "penalty": _optional(penalty, "state_dict")(),
-            })  # fmt: skip
+            run.save_checkpoint(
+                epoch + 1,
+                {
+                    "epoch": epoch + 1,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "history": history,
+                    "gammas": torch.stack(gammas),
+                    "seconds": seconds,
+                    "penalty": _optional(penalty, "state_dict")(),
+                },
+            )
         progress.update(
             f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s",
             keep=True,
@@ -183,7 +250,9 @@ def _keep_freed_memory():
 
     That costs most in a Jupyter kernel. It holds for the whole process.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc has it
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    )  # glibc has it
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped on its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -218,7 +287,9 @@ def recalibrate(model, split, images=2000, batch_size=128, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(split, Split):
-            few = split.subset(torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]).to(device)
+            few = split.subset(
+                torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]
+            ).to(device)
             loader = batches(few, min(batch_size, len(few)), torch.Generator().manual_seed(seed))
         else:
             loader = itertools.islice(split, max(1, images // batch_size))
@@ -235,7 +306,11 @@ def all_gammas(model):
 def pick_device(device="auto"):
     if device == "auto":  # a GPU for each process of this machine, or the CPU for all
         enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if enough and torch.cuda.is_available() else "cpu"
+        device = (
+            f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if enough and torch.cuda.is_available()
+            else "cpu"
+        )
     return torch.device(device)
 
 
@@ -253,7 +328,9 @@ def pick_precision(precision, device, model, data):
     clone, rubbish = copy.deepcopy(model).to("meta").eval(), []
     for m in clone.modules():
         if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
-            m.register_forward_pre_hook(lambda _, x: rubbish.append(1) if min(x[0].shape[2:]) == 1 else None)
+            m.register_forward_pre_hook(
+                lambda _, x: rubbish.append(1) if min(x[0].shape[2:]) == 1 else None
+            )
     clone(data.example.to("meta"))
     return "fp32" if rubbish else "bf16"
 
@@ -264,4 +341,8 @@ def pick_layout(model, device, precision):
     Measured on two cores, ResNet-56 at batch 128: channels last 338 images/s against 299; pruned to odd widths, 337 to 438.
     """
     odd = any(m.out_channels % 8 for m in model.modules() if isinstance(m, nn.Conv2d))
-    return torch.contiguous_format if odd and precision == "bf16" and device.type == "cpu" else torch.channels_last
+    return (
+        torch.contiguous_format
+        if odd and precision == "bf16" and device.type == "cpu"
+        else torch.channels_last
+    )

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import pandas as pd
 
-from . import course
-from .config import config
-from .files import replacing
-from .progress import Progress
+from ..files import replacing
+from ..training.progress import Progress
+from . import stages as course
+from .settings import config
 
 
 def grid(settings):
@@ -32,22 +32,36 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
 
     if jobs < 1:
         raise ValueError(f"-j {jobs}: at least one process at a time, for example -j 2")
-    points = {_name(point, settings): config(preset, **point) for point in grid(settings)}  # a bad setting: before the first run
-    for cfg in {cfg.dataset: cfg for cfg in points.values() if not course.stage(lesson, cfg).finished}.values():
+    points = {
+        _name(point, settings): config(preset, **point) for point in grid(settings)
+    }  # a bad setting: before the first run
+    for cfg in {
+        cfg.dataset: cfg for cfg in points.values() if not course.stage(lesson, cfg).finished
+    }.values():
         course.data_of(cfg)  # downloaded and unpacked once, not by two processes at a time
     with ExitStack() as stack:
         if scheduler:
             client = stack.enter_context(Client(scheduler))
         else:
             # its looking at itself every few milliseconds takes a fifth of a core from two trainings
-            stack.enter_context(dask.config.set({"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}))
+            stack.enter_context(
+                dask.config.set(
+                    {
+                        "distributed.worker.profile.enabled": False,
+                        "distributed.admin.tick.interval": "1s",
+                    }
+                )
+            )
             local = LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
             client = stack.enter_context(Client(stack.enter_context(local)))
         futures = {}
         wanted = {name: _submit(client, futures, lesson, cfg, jobs) for name, cfg in points.items()}
         progress, began, total = Progress("sweep"), time.monotonic(), len(futures)
         write_table(lesson, points, settings, path)
-        progress.update(f"{len(points)} points, {sum(f is None for f in wanted.values())} finished before; {total} runs to do", True)
+        progress.update(
+            f"{len(points)} points, {sum(f is None for f in wanted.values())} finished before; {total} runs to do",
+            True,
+        )
         failed = {}
         for done, future in enumerate(as_completed(futures.values()), 1):
             for name in (n for n, f in wanted.items() if f is not None and f.key == future.key):
@@ -56,7 +70,9 @@ def sweep(lesson, preset, settings, path, jobs=1, scheduler=None):
                     progress.update(f"{name}: failed: {failed[name]}", keep=True)
                 else:
                     found = course.stage(lesson, points[name])
-                    measured = "".join(f": {row['name']} {row['top1']:.2f} %" for row in found.metrics["rows"][-1:])
+                    measured = "".join(
+                        f": {row['name']} {row['top1']:.2f} %" for row in found.metrics["rows"][-1:]
+                    )
                     progress.update(f"{name}: done{measured}", keep=True)
             write_table(lesson, points, settings, path)
             left = (time.monotonic() - began) / done * (total - done) / 60
@@ -72,10 +88,19 @@ def write_table(lesson, points, settings, path):
         found = course.stage(lesson, cfg)
         if found.finished:
             metrics = found.metrics
-            row = {k: v for k, v in cfg.up_to(int(lesson[:2])).items() if k in settings} | {"minutes": round(found.minutes, 2)}
+            row = {k: v for k, v in cfg.up_to(int(lesson[:2])).items() if k in settings} | {
+                "minutes": round(found.minutes, 2)
+            }
             if metrics["rows"]:
                 row |= {"network": metrics["rows"][-1].pop("name"), **metrics["rows"][-1]}
-            rows.append(row | {k: v for k, v in metrics.items() if isinstance(v, (float, str)) and k not in row | {"python": ""}})
+            rows.append(
+                row
+                | {
+                    k: v
+                    for k, v in metrics.items()
+                    if isinstance(v, (float, str)) and k not in row | {"python": ""}
+                }
+            )
     with replacing(path) as beside:
         pd.DataFrame(rows).to_csv(beside, index=False)
 
@@ -100,7 +125,9 @@ def _work(lesson, cfg, jobs, *_):
     try:
         course.run_lesson(lesson, cfg, say=lambda line: None)
     except PapermillExecutionError as error:
-        raise RuntimeError(f"{error.ename}: {error.evalue} (see {course.stage(lesson, cfg) / f'.{lesson}.ipynb'})") from None
+        raise RuntimeError(
+            f"{error.ename}: {error.evalue} (see {course.stage(lesson, cfg) / f'.{lesson}.ipynb'})"
+        ) from None
 
 
 def _name(point, settings):

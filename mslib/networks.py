@@ -44,7 +44,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))  # the inner channels: nobody else reads them
-        out = self.bn2(self.conv2(out))  # the residual channels: every block of the stage adds to them
+        out = self.bn2(
+            self.conv2(out)
+        )  # the residual channels: every block of the stage adds to them
         return self.relu(out + self.shortcut(x))
 
 
@@ -66,7 +68,9 @@ class ResNet(nn.Module):
     @staticmethod
     def _stage(in_channels, out_channels, blocks, stride):
         first = BasicBlock(in_channels, out_channels, stride)
-        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+        return nn.Sequential(
+            first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
+        )
 
     def forward(self, x):  # [N, 3, H, W], H and W divisible by 4
         x = self.relu(self.bn(self.conv(x)))
@@ -135,9 +139,16 @@ def resnet(depth=56, num_classes=10, in_channels=3):
     Raises ValueError for a depth that is not 6n + 2.
     """
     if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth {depth}: a CIFAR ResNet has 6n + 2 layers; try 20, 32, 44, 56 or 110")
+        raise ValueError(
+            f"depth {depth}: a CIFAR ResNet has 6n + 2 layers; try 20, 32, 44, 56 or 110"
+        )
     model = ResNet((depth - 2) // 6, num_classes, in_channels)
-    model.recipe = {"network": "resnet", "depth": depth, "num_classes": num_classes, "in_channels": in_channels}
+    model.recipe = {
+        "network": "resnet",
+        "depth": depth,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+    }
     return model
 
 
@@ -146,11 +157,24 @@ def vgg(depth=16, num_classes=10, width=1.0, in_channels=3):
 
     Raises ValueError for another depth or a width that is not above 0.
     """
-    convolutions = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+    convolutions = {
+        11: (1, 1, 2, 2, 2),
+        13: (2, 2, 2, 2, 2),
+        16: (2, 2, 3, 3, 3),
+        19: (2, 2, 4, 4, 4),
+    }
     if depth not in convolutions or not width > 0:
-        raise ValueError(f"vgg({depth}, width={width}): depth is 11, 13, 16 or 19, and width above 0")
+        raise ValueError(
+            f"vgg({depth}, width={width}): depth is 11, 13, 16 or 19, and width above 0"
+        )
     model = VGG(convolutions[depth], width, num_classes, in_channels)
-    model.recipe = {"network": "vgg", "depth": depth, "num_classes": num_classes, "width": width, "in_channels": in_channels}
+    model.recipe = {
+        "network": "vgg",
+        "depth": depth,
+        "num_classes": num_classes,
+        "width": width,
+        "in_channels": in_channels,
+    }
     return model
 
 
@@ -162,22 +186,36 @@ def network(name, num_classes=1000, weights=None):
     """
     from torchvision.models import get_model
 
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
+    options = (
+        {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
+    )
     try:
-        model = get_model(name, weights=weights, **({} if weights else {"num_classes": num_classes}), **options)
+        model = get_model(
+            name, weights=weights, **({} if weights else {"num_classes": num_classes}), **options
+        )
     except ValueError as error:
-        raise ValueError(f"unknown network {name!r}; torchvision.models.list_models() lists all ({error})") from None
+        raise ValueError(
+            f"unknown network {name!r}; torchvision.models.list_models() lists all ({error})"
+        ) from None
     except KeyError:
-        raise ValueError(f"{name} has no weights {weights!r}; torchvision.models.get_model_weights({name!r}) lists all") from None
+        raise ValueError(
+            f"{name} has no weights {weights!r}; torchvision.models.get_model_weights({name!r}) lists all"
+        ) from None
     if hasattr(model, "aux_logits"):
         model.aux_logits = False
         model.aux1 = model.aux2 = model.AuxLogits = None
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] if weights else []
     if weights and not linear and num_classes != 1000:
-        raise ValueError(f"{name} has no linear layer to replace: with weights it has 1000 outputs, not {num_classes}")
+        raise ValueError(
+            f"{name} has no linear layer to replace: with weights it has 1000 outputs, not {num_classes}"
+        )
     if linear and model.get_submodule(linear[-1]).out_features != num_classes:
         parent, _, child = linear[-1].rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Linear(model.get_submodule(linear[-1]).in_features, num_classes))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            nn.Linear(model.get_submodule(linear[-1]).in_features, num_classes),
+        )
     model.recipe = {"network": "torchvision", "name": name, "num_classes": num_classes}
     return model
 
@@ -199,11 +237,17 @@ def load(path, model=None):
     """
     content = read_tensors(path)
     if not isinstance(content, dict) or "state" not in content:
-        raise ValueError(f"{path} was not written by ms.save; for a plain state_dict use model.load_state_dict")
+        raise ValueError(
+            f"{path} was not written by ms.save; for a plain state_dict use model.load_state_dict"
+        )
     if model is None:
         if not content["recipe"]:
-            raise ValueError(f"{path} holds a network that mslib does not build; pass an unpruned one: load(path, model)")
-        recipe = dict(content["recipe"])  # such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}
+            raise ValueError(
+                f"{path} holds a network that mslib does not build; pass an unpruned one: load(path, model)"
+            )
+        recipe = dict(
+            content["recipe"]
+        )  # such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}
         kind = recipe.pop("network")
         if kind not in NETWORKS:
             raise ValueError(f"{path}: unknown network {kind!r}; known: {', '.join(NETWORKS)}")
@@ -221,7 +265,9 @@ def resize(model, state, origin="the state"):
         for key in ("bias", "running_mean", "running_var"):
             other = state.get(f"{name}.{key}")
             if other is not None and other.shape != shape[:1]:
-                raise ValueError(f"{origin} does not fit {type(model).__name__}: {name} has {shape[0]} channels, its {key} {len(other)}")
+                raise ValueError(
+                    f"{origin} does not fit {type(model).__name__}: {name} has {shape[0]} channels, its {key} {len(other)}"
+                )
         if isinstance(m, nn.Conv2d):
             if 1 < m.groups == m.in_channels:  # depthwise: as many groups as channels
                 m.groups = shape[0] // (m.out_channels // m.in_channels)
@@ -232,18 +278,24 @@ def resize(model, state, origin="the state"):
             m.num_parameters = shape[0]
         elif isinstance(m, nn.Linear):
             m.out_features, m.in_features = shape
-        if f"{name}.bias" in state and getattr(m, "bias", 0) is None:  # `prune` folded a constant into it
+        if (
+            f"{name}.bias" in state and getattr(m, "bias", 0) is None
+        ):  # `prune` folded a constant into it
             m.bias = nn.Parameter(torch.zeros_like(state[f"{name}.bias"], device=m.weight.device))
         for kind in (m._parameters, m._buffers):
             for key, old in kind.items():
                 new = state.get(f"{name}.{key}")
                 if old is not None and new is not None and old.shape != new.shape:
                     fresh = torch.empty(new.shape, dtype=old.dtype, device=old.device)
-                    kind[key] = nn.Parameter(fresh, old.requires_grad) if kind is m._parameters else fresh
+                    kind[key] = (
+                        nn.Parameter(fresh, old.requires_grad) if kind is m._parameters else fresh
+                    )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{origin} does not fit {type(model).__name__}: {str(error).splitlines()[1].strip()}") from None
+        raise ValueError(
+            f"{origin} does not fit {type(model).__name__}: {str(error).splitlines()[1].strip()}"
+        ) from None
     return model
 
 

@@ -4,10 +4,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .graph import ChannelGraph
-from .masks import check_masks, fingerprint, masks_for_ratio
-from .penalties import Penalty
-from .train import MOMENTUM
+from ..pruning.channels import as_graph
+from ..pruning.masks import check_masks, fingerprint, masks_for_ratio
+from ..training.loop import MOMENTUM
+from .gamma import Penalty
 
 
 class GrowingL2(Penalty):
@@ -31,27 +31,60 @@ class GrowingL2(Penalty):
     """
 
     def __init__(
-        self, model, masks=None, *, reduction=None, unstructured=False, delta=1e-4, every=10, ceiling=1.0, start=0.0,
-        enough=1000.0, pick_delta=1e-5, pick_ceiling=1e-2, kept=0.0,
-    ):  # fmt: skip
+        self,
+        model,
+        example,
+        masks=None,
+        *,
+        reduction=None,
+        unstructured=False,
+        delta=1e-4,
+        every=10,
+        ceiling=1.0,
+        start=0.0,
+        enough=1000.0,
+        pick_delta=1e-5,
+        pick_ceiling=1e-2,
+        kept=0.0,
+    ):
         if (masks is None) == (reduction is None):
-            raise ValueError("give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on the way)")
-        for name, value in {"delta": delta, "every": every, "ceiling": ceiling, "enough": enough,
-                            "pick_delta": pick_delta, "pick_ceiling": pick_ceiling}.items():  # fmt: skip
+            raise ValueError(
+                "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on the way)"
+            )
+        for name, value in {
+            "delta": delta,
+            "every": every,
+            "ceiling": ceiling,
+            "enough": enough,
+            "pick_delta": pick_delta,
+            "pick_ceiling": pick_ceiling,
+        }.items():
             if not value > 0:
                 raise ValueError(f"{name}={value}: it must be above 0")
         name, first = ("start", start) if reduction is None else ("pick_ceiling", pick_ceiling)
         if not 0 <= first <= ceiling:
             raise ValueError(f"{name}={first}: it lies between 0 and ceiling={ceiling}")
-        self.settings = {"reduction": reduction, "delta": delta, "every": every, "ceiling": ceiling, "start": start,
-                         "enough": enough, "pick_delta": pick_delta, "pick_ceiling": pick_ceiling, "kept": kept}  # fmt: skip
-        self.graph, self.masks = ChannelGraph(model), masks
+        self.settings = {
+            "reduction": reduction,
+            "delta": delta,
+            "every": every,
+            "ceiling": ceiling,
+            "start": start,
+            "enough": enough,
+            "pick_delta": pick_delta,
+            "pick_ceiling": pick_ceiling,
+            "kept": kept,
+        }
+        self.graph, self.masks = as_graph(model, example), masks
         self.weights = _weights(self.graph, masks, unstructured)  # mask name -> parameter
         self.units = {
-            name: w.shape if unstructured or masks and masks[name].ndim > 1 else w.shape[:1] for name, w in self.weights.items()
+            name: w.shape if unstructured or masks and masks[name].ndim > 1 else w.shape[:1]
+            for name, w in self.weights.items()
         }
         if reduction is not None:
-            masks_for_ratio(self.graph, reduction, self.scores())  # refuses a bad reduction now, not in an hour
+            masks_for_ratio(
+                self.graph, None, reduction, self.scores()
+            )  # refuses a bad reduction now, not in an hour
         self.factors = {name: torch.zeros(shape) for name, shape in self.units.items()}
         self.ratios, self.held, self.rows, self.seen = {}, {}, [], []
         if masks is not None:
@@ -71,14 +104,25 @@ class GrowingL2(Penalty):
         if exponent is None:
             return {"every": every, "delta": ceiling / updates, "ceiling": ceiling}
         judging = max(1, updates // 3)
-        pull = rates[: judging * every] / (1 - MOMENTUM)  # what r = 1 takes off log |W|, iteration by iteration
+        pull = rates[: judging * every] / (
+            1 - MOMENTUM
+        )  # what r = 1 takes off log |W|, iteration by iteration
         common = min(ceiling, exponent / float((pull * torch.linspace(0, 1, len(pull))).sum()))
-        return {"every": every, "delta": ceiling / (updates - judging), "ceiling": ceiling,
-                "pick_ceiling": common, "pick_delta": common / judging}  # fmt: skip
+        return {
+            "every": every,
+            "delta": ceiling / (updates - judging),
+            "ceiling": ceiling,
+            "pick_ceiling": common,
+            "pick_delta": common / judging,
+        }
 
     def __repr__(self):
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
-        goes = "" if self.masks is None else f"{sum(int((~m).sum()) for m in self.masks.values())} to go {fingerprint(self.masks)}, "
+        goes = (
+            ""
+            if self.masks is None
+            else f"{sum(int((~m).sum()) for m in self.masks.values())} to go {fingerprint(self.masks)}, "
+        )
         what = "filters" if all(len(u) == 1 for u in self.units.values()) else "weights"
         return f"GrowingL2({sum(u.numel() for u in self.units.values())} {what}, {goes}{given})"
 
@@ -105,7 +149,9 @@ class GrowingL2(Penalty):
         total = 0
         for name, w in self.weights.items():
             factor = self.factors[name] = self.factors[name].to(w.device)
-            total = total + (factor.reshape(factor.shape + (1,) * (w.ndim - factor.ndim)) * w**2).sum()
+            total = (
+                total + (factor.reshape(factor.shape + (1,) * (w.ndim - factor.ndim)) * w**2).sum()
+            )
         return total / 2
 
     @torch.no_grad()
@@ -114,8 +160,12 @@ class GrowingL2(Penalty):
         s = self.settings
         if iteration % s["every"]:
             return
-        sizes = {name: _size(w, self.units[name]) for name, w in self.weights.items()}  # these and `there` on the weights' device
-        masks = self.masks or masks_for_ratio(self.graph, s["reduction"], {name: size.cpu() for name, size in sizes.items()})
+        sizes = {
+            name: _size(w, self.units[name]) for name, w in self.weights.items()
+        }  # these and `there` on the weights' device
+        masks = self.masks or masks_for_ratio(
+            self.graph, None, s["reduction"], {name: size.cpu() for name, size in sizes.items()}
+        )
         there = {name: keep.to(sizes[name].device) for name, keep in masks.items()}
         self._remember(iteration, sizes, there)
         for name in self.weights:
@@ -137,7 +187,9 @@ class GrowingL2(Penalty):
         self.factors[name] = self.factors[name].to(keep.device)
         self.factors[name][~keep] += s["delta"]
         ratio = float(size[keep].mean() / size[~keep].mean().clamp(min=1e-30))
-        self.ratios[name] = 0.9 * self.ratios[name] + 0.1 * ratio if name in self.ratios else ratio  # as released
+        self.ratios[name] = (
+            0.9 * self.ratios[name] + 0.1 * ratio if name in self.ratios else ratio
+        )  # as released
         if self.ratios[name] >= s["enough"] or float(self.factors[name].max()) > s["ceiling"]:
             self.held[name] = True
 
@@ -145,13 +197,28 @@ class GrowingL2(Penalty):
         kept = torch.cat([sizes[n][masks[n]] for n in sizes]).mean()
         dropped = torch.cat([sizes[n][~masks[n]] for n in sizes]).mean()
         factor = max(float(f.max()) for f in self.factors.values())
-        self.rows.append({"iteration": iteration, "factor": factor, "kept": float(kept), "dropped": float(dropped),
-                          "picked": self.masks is not None})  # fmt: skip
-        self.seen.append(torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()]).half().cpu())
+        self.rows.append(
+            {
+                "iteration": iteration,
+                "factor": factor,
+                "kept": float(kept),
+                "dropped": float(dropped),
+                "picked": self.masks is not None,
+            }
+        )
+        self.seen.append(
+            torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()]).half().cpu()
+        )
 
     def state_dict(self):
-        return {"factors": {n: f.cpu() for n, f in self.factors.items()}, "masks": self.masks, "ratios": self.ratios,
-                "held": self.held, "rows": self.rows, "seen": self.seen}  # fmt: skip
+        return {
+            "factors": {n: f.cpu() for n, f in self.factors.items()},
+            "masks": self.masks,
+            "ratios": self.ratios,
+            "held": self.held,
+            "rows": self.rows,
+            "seen": self.seen,
+        }
 
     def load_state_dict(self, state):
         for key, value in state.items():
@@ -176,8 +243,12 @@ def _weights(graph, masks, unstructured):
     for name, mask in masks.items():
         conv = name if isinstance(modules.get(name), nn.Conv2d) else writer.get(name)
         if conv is None:
-            raise ValueError(f"mask for {name!r}: no convolution of that name, and none right before such a BatchNorm")
+            raise ValueError(
+                f"mask for {name!r}: no convolution of that name, and none right before such a BatchNorm"
+            )
         if mask is not None and mask.ndim > 1 and mask.shape != modules[conv].weight.shape:
-            raise ValueError(f"mask for {name!r} has shape {list(mask.shape)}; its weights {list(modules[conv].weight.shape)}")
+            raise ValueError(
+                f"mask for {name!r} has shape {list(mask.shape)}; its weights {list(modules[conv].weight.shape)}"
+            )
         found[name] = modules[conv].weight
     return found

@@ -46,7 +46,11 @@ class Data:
     @cached_property
     def example(self):
         """A float batch of one image, [1, C, H, W]: what `cost`, `prune` and `latency` take."""
-        return normalize(self.train.images[:1]) if isinstance(self.train, Split) else next(iter(self.test))[0][:1]
+        return (
+            normalize(self.train.images[:1])
+            if isinstance(self.train, Split)
+            else next(iter(self.test))[0][:1]
+        )
 
     @cached_property
     def fingerprint(self):
@@ -64,7 +68,10 @@ class Data:
     def __repr__(self):
         shape = "×".join(map(str, self.input_shape))
         splits = {name: getattr(self, name) for name in ("train", "val", "test")}
-        sizes = ", ".join(f"{len(s):,} {name}{'' if isinstance(s, Split) else ' batches'}" for name, s in splits.items())
+        sizes = ", ".join(
+            f"{len(s):,} {name}{'' if isinstance(s, Split) else ' batches'}"
+            for name, s in splits.items()
+        )
         return f"Data({self.name}: {len(self.classes)} classes, {shape}, {sizes})"
 
 
@@ -86,7 +93,9 @@ def augment(images, draws):
     columns = torch.arange(w, device=images.device).expand(n, w)
     columns = left + torch.where(mirror > 0, w - 1 - columns, columns)  # [N, W]
     batch = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 def draw(n, height, generator):
@@ -116,9 +125,14 @@ def batches(split, size, generator=None, share=(0, 1)):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]
         return
     device, mine = split.labels.device, slice(share[0], None, share[1])
-    order, steps = torch.randperm(len(split), generator=generator).to(device), range(steps_per_epoch(split, size))
+    order, steps = (
+        torch.randperm(len(split), generator=generator).to(device),
+        range(steps_per_epoch(split, size)),
+    )
     # an epoch's draws go to the device at once: nothing waits for it between the batches
-    draws = torch.stack([draw(min(size, len(split)), split.images.shape[2], generator) for _ in steps]).to(device)
+    draws = torch.stack(
+        [draw(min(size, len(split)), split.images.shape[2], generator) for _ in steps]
+    ).to(device)
     for i in steps:
         index = order[i * size : (i + 1) * size]
         yield normalize(augment(split.images[index], draws[i])[mine]), split.labels[index][mine]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .files import read_json, read_tensors, write_json, write_tensors
+from ..files import read_json, read_tensors, write_json, write_tensors
 
 log = logging.getLogger("mslib")
 
@@ -52,7 +52,10 @@ class Run:
         return None
 
     def finish(self, history, seconds):
-        write_json(self.path / "history.json", {"epochs": history, "seconds": round(seconds)} | environment())
+        write_json(
+            self.path / "history.json",
+            {"epochs": history, "seconds": round(seconds)} | environment(),
+        )
         for path in self.checkpoints():
             path.unlink()
 
@@ -67,12 +70,16 @@ def check_settings(folder, have, want):
     differ = [k for k in sorted({*have, *want}) if not _same(have.get(k), want.get(k))]
     if differ:
         values = ", ".join(f"{k}={have.get(k)!r} (now {want.get(k)!r})" for k in differ)
-        raise ValueError(f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one")
+        raise ValueError(
+            f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one"
+        )
 
 
 def _same(a, b):
     """Equal, numbers up to 1e-5 of themselves (a drawn weight may differ in its last bit between machines)."""
-    return a == b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
+    return (
+        a == b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
+    )
 
 
 def environment():
@@ -80,7 +87,9 @@ def environment():
     return {
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
-        "hardware": f"{torch.cuda.get_device_name()}, {_cpu()}" if torch.cuda.is_available() else f"{_cpu()}, CPU",
+        "hardware": f"{torch.cuda.get_device_name()}, {_cpu()}"
+        if torch.cuda.is_available()
+        else f"{_cpu()}, CPU",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }

@@ -4,7 +4,18 @@ import math
 
 import torch
 
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "star", "cross", "crescent", "bar", "half disc")
+CLASSES = (
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "triangle",
+    "star",
+    "cross",
+    "crescent",
+    "bar",
+    "half disc",
+)
 
 
 def draw_shapes(n, size=32, seed=0):
@@ -25,7 +36,9 @@ def _draw(labels, size, generator):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
 
-    axis = (torch.arange(2 * size) + 0.5) / size - 1  # twice the pixels, averaged at the end: soft edges
+    axis = (
+        torch.arange(2 * size) + 0.5
+    ) / size - 1  # twice the pixels, averaged at the end: soft edges
     y, x = axis[:, None].expand(2 * size, 2 * size), axis.expand(2 * size, 2 * size)
 
     angle, scale = uniform(-0.5, 0.5), uniform(0.5, 0.8)
@@ -34,7 +47,10 @@ def _draw(labels, size, generator):
     v = (angle.cos() * dy - angle.sin() * dx) / scale
     shape = torch.stack(_inside(u, v))[labels, torch.arange(n)].unsqueeze(1).float()
 
-    ground, ink = uniform(0.05, 0.55, 3), uniform(0.35, 0.95, 3)  # a shape is lighter than its ground, mostly
+    ground, ink = (
+        uniform(0.05, 0.55, 3),
+        uniform(0.35, 0.95, 3),
+    )  # a shape is lighter than its ground, mostly
     picture = ground + uniform(-0.2, 0.2, 3) * x + uniform(-0.2, 0.2, 3) * y
     picture = _spot(picture, uniform, x, y)  # one spot under the shape and, below, one on top of it
     picture = torch.lerp(picture, ink + uniform(-0.15, 0.15, 3) * x, shape)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from .cost import cost
-from .graph import ChannelGraph
+from ..costs import cost
+from .channels import as_graph
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,16 @@ class Groups(list):
     def table(self):
         """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs if known."""
         rows = [
-            {"channels": g.size, "written by": short(g.writers), "scaled by": short(g.norms), "read by": short(g.readers),
-             "free": g.reason or ("yes" if g.norms else "no BatchNorm scales it"), "M MACs": g.macs and g.macs / 1e6}
+            {
+                "channels": g.size,
+                "written by": short(g.writers),
+                "scaled by": short(g.norms),
+                "read by": short(g.readers),
+                "free": g.reason or ("yes" if g.norms else "no BatchNorm scales it"),
+                "M MACs": g.macs and g.macs / 1e6,
+            }
             for g in self
-        ]  # fmt: skip
+        ]
         return pd.DataFrame(rows).dropna(axis=1, how="all")
 
     def __repr__(self):
@@ -54,7 +60,8 @@ def channel_groups(model, example=None):
     example: float [N, C, H, W]; when given, each group knows the MACs that would go with it.
     Raises ValueError when the network cannot be traced.
     """
-    graph = ChannelGraph(model)
+    graph = as_graph(model, example)
+    model, example = graph.model, graph.example
     touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
     for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
         for name, ids in table.items():
@@ -62,14 +69,18 @@ def channel_groups(model, example=None):
                 touching.setdefault(root, ({}, {}, {}))[place][name] = None
     members = {}
     for root, places in touching.items():
-        members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(root)
+        members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(
+            root
+        )
     layers = {} if example is None else cost(model, example).layers
     order = {name: i for i, name in enumerate(graph.modules)}
     found = []
     for (writers, norms, readers, reason), roots in members.items():
         drop, gone = torch.isin(graph.root, torch.tensor(roots)), None
         if example is not None:
-            gone = round(sum(macs * (1 - graph.share_left(name, drop)) for name, macs in layers.items()))
+            gone = round(
+                sum(macs * (1 - graph.share_left(name, drop)) for name, macs in layers.items())
+            )
         size = int(drop[graph.outputs[writers[0]]].sum()) if writers else len(roots)
         found.append(Group(size, writers, norms, readers, reason, gone))
     return Groups(sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0)))

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from .parallel import rank
+from ..processes import rank
 
 
 class Progress:

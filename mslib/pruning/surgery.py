@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from .graph import ChannelGraph
+from ..networks import resize
+from .channels import ChannelGraph
 from .masks import check_masks
-from .models import resize
 
 
 @torch.no_grad()
@@ -38,7 +38,9 @@ def prune(model, masks, example=None, fold_bias=False):
     for name, ids in (graph.outputs | graph.slopes | graph.norms).items():
         _cut(state, name, ("weight", "bias", "running_mean", "running_var"), 0, ~drop[ids])
     for name, ids in graph.inputs.items():
-        _cut(state, name, ("weight",), 1, ~drop[ids[: state[f"{name}.weight"].shape[1]]])  # grouped: all groups lose the same
+        _cut(
+            state, name, ("weight",), 1, ~drop[ids[: state[f"{name}.weight"].shape[1]]]
+        )  # grouped: all groups lose the same
     for name, (read, written, _) in graph.pads.items():
         kept = ~drop[read]
         place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
@@ -63,11 +65,16 @@ def _cut(state, name, keys, dim, keep):
 def _fold(graph, drop):
     """Carry relu(β) of the dropped channels into what follows each layer that reads them."""
     for name, ids in graph.inputs.items():
-        layer, lost = graph.modules[name], torch.where(drop[ids] & ~graph.gated[ids], graph.constants[name], 0)
+        layer, lost = (
+            graph.modules[name],
+            torch.where(drop[ids] & ~graph.gated[ids], graph.constants[name], 0),
+        )
         if not lost.any():
             continue
         groups = getattr(layer, "groups", 1)
-        weight = layer.weight.reshape(groups, len(layer.weight) // groups, layer.weight.shape[1], -1).sum(3)
+        weight = layer.weight.reshape(
+            groups, len(layer.weight) // groups, layer.weight.shape[1], -1
+        ).sum(3)
         sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()
         norm = graph.norm_after.get(name)
         if norm and graph.calls[name] == graph.calls[norm] == 1:
@@ -85,7 +92,7 @@ def _fold(graph, drop):
 
 
 @torch.no_grad()
-def zero_masked(model, masks, keep_bias=False):
+def zero_masked(model, masks, example=None, keep_bias=False):
     """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
 
     It computes what `prune(model, masks)` computes, and is how every cut is checked. keep_bias: zero γ only (and β
@@ -109,7 +116,9 @@ def _verify(small, zeroed, example):
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         a, b = (copy.deepcopy(network).eval()(example) for network in (small, zeroed))
     if not b.isfinite().all():
-        raise ValueError("the network's outputs on the example are not finite, before any cut: it has diverged; train it with a smaller lr")
+        raise ValueError(
+            "the network's outputs on the example are not finite, before any cut: it has diverged; train it with a smaller lr"
+        )
     if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())):
         raise ValueError(
             f"the pruned network differs from the masked one by {float((a - b).abs().max()):.3g} on the example: "

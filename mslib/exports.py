@@ -31,9 +31,16 @@ def export(model, path, example, tolerance=1e-4):
             for name in ("torch.onnx", "onnxscript", "onnx_ir"):
                 logging.getLogger(name).setLevel(logging.ERROR)
             torch.onnx.export(
-                model, (few,), beside, dynamo=True, dynamic_shapes=(batch,), input_names=["images"], output_names=["logits"],
-                external_data=False, verbose=False,
-            )  # fmt: skip
+                model,
+                (few,),
+                beside,
+                dynamo=True,
+                dynamic_shapes=(batch,),
+                input_names=["images"],
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
             outputs = torch.from_numpy(session(beside).run(None, {"images": example.numpy()})[0])
         else:
             torch.export.save(torch.export.export(model, (few,), dynamic_shapes=(batch,)), beside)
@@ -41,7 +48,9 @@ def export(model, path, example, tolerance=1e-4):
         wanted = model(example)
         off = float((outputs - wanted).abs().max() / wanted.abs().max())
         if not off <= tolerance:
-            raise ValueError(f"{path}: its outputs are off by {off:.2g} of the largest, above tolerance={tolerance:g}; not written")
+            raise ValueError(
+                f"{path}: its outputs are off by {off:.2g} of the largest, above tolerance={tolerance:g}; not written"
+            )
     return off
 
 

@@ -4,9 +4,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from .graph import ChannelGraph
-from .masks import check_masks, fingerprint
-from .train import MOMENTUM, learning_rates
+from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.masks import check_masks, fingerprint
+from ..training.loop import MOMENTUM, learning_rates
 
 
 class Penalty:
@@ -41,7 +41,9 @@ class Sum(Penalty):
         self.parts = [q for p in parts for q in (p.parts if isinstance(p, Sum) else [p])]
         for part in self.parts:
             if not isinstance(part, Penalty):
-                raise TypeError(f"{part!r} is no ms.Penalty, and cannot be added to one; give its class that base")
+                raise TypeError(
+                    f"{part!r} is no ms.Penalty, and cannot be added to one; give its class that base"
+                )
 
     def __repr__(self):
         return " + ".join(map(repr, self.parts))
@@ -85,7 +87,10 @@ class HoldZero(Penalty):
             if weight is None or weight.shape != keep.shape:
                 shape = "no such layer" if weight is None else f"its weight is {list(weight.shape)}"
                 raise ValueError(f"mask for {name!r} has shape {list(keep.shape)}; {shape}")
-        self.masks, self.weights = masks, [(modules[name].weight, keep) for name, keep in masks.items()]
+        self.masks, self.weights = (
+            masks,
+            [(modules[name].weight, keep) for name, keep in masks.items()],
+        )
         self.proximal_step(0)
 
     def __repr__(self):
@@ -110,7 +115,9 @@ class _GammaL1(Penalty):
         if not strength > 0:
             raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
         if not chosen:
-            raise ValueError(f"{type(model).__name__}: no BatchNorm to penalize; ms.channel_groups(model) says which are prunable")
+            raise ValueError(
+                f"{type(model).__name__}: no BatchNorm to penalize; ms.channel_groups(model) says which are prunable"
+            )
         self.strength, self.proximal, self.chosen = float(strength), proximal, chosen
         self.gammas = [model.get_submodule(name).weight for name in chosen]
         self.penalized = torch.cat([c.cpu() for c in chosen.values()])
@@ -119,7 +126,9 @@ class _GammaL1(Penalty):
         step = ", proximal" if self.proximal else ""
         channels = sum(int(c.sum()) for c in self.chosen.values())
         which = "" if all(c.all() for c in self.chosen.values()) else f" {fingerprint(self.chosen)}"
-        return f"{type(self).__name__}({channels} channels{which}, strength={self.strength:g}{step})"
+        return (
+            f"{type(self).__name__}({channels} channels{which}, strength={self.strength:g}{step})"
+        )
 
     def __call__(self):
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
@@ -134,8 +143,13 @@ class _GammaL1(Penalty):
         `fit` passes lr / (1 - momentum), so that a strength means the same push as with the subgradient.
         """
         if self.proximal:
-            for gamma, chosen in zip(self.gammas, self.penalized.split([len(g) for g in self.gammas])):
-                gamma.copy_(gamma.sign() * (gamma.abs() - lr * self.strength * chosen.to(gamma.device)).clamp_min_(0))
+            for gamma, chosen in zip(
+                self.gammas, self.penalized.split([len(g) for g in self.gammas])
+            ):
+                gamma.copy_(
+                    gamma.sign()
+                    * (gamma.abs() - lr * self.strength * chosen.to(gamma.device)).clamp_min_(0)
+                )
 
 
 class GlobalL1(_GammaL1):
@@ -145,9 +159,14 @@ class GlobalL1(_GammaL1):
     proximal: exact zeros by soft-thresholding instead of the subgradient (not in the papers).
     """
 
-    def __init__(self, model, strength, residual=False, proximal=False):
-        names = ChannelGraph(model).prunable_norms(residual)
-        super().__init__(model, {n: torch.ones_like(model.get_submodule(n).weight, dtype=torch.bool) for n in names}, strength, proximal)
+    def __init__(self, model, example, strength, residual=False, proximal=False, keep=()):
+        names = as_graph(model, example).prunable_norms(residual)
+        super().__init__(
+            model,
+            {n: torch.ones_like(model.get_submodule(n).weight, dtype=torch.bool) for n in names},
+            strength,
+            proximal,
+        )
 
 
 class MaskedL1(_GammaL1):

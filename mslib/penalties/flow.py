@@ -6,7 +6,7 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .penalties import Penalty
+from .gamma import Penalty
 
 
 class FeatureFlow(Penalty):
@@ -23,7 +23,9 @@ class FeatureFlow(Penalty):
 
     def __init__(self, model, length=0.0, curvature=0.0, layers=None):
         if length < 0 or curvature < 0 or length + curvature == 0:
-            raise ValueError(f"length={length}, curvature={curvature}: neither below 0, and one of them above it, such as 1e-2")
+            raise ValueError(
+                f"length={length}, curvature={curvature}: neither below 0, and one of them above it, such as 1e-2"
+            )
         self.length, self.curvature, self.modules = length, curvature, followed(model, layers)
         self.chosen = f" ({', '.join(layers)})" if layers else ""
         self.features = []
@@ -46,11 +48,17 @@ class FeatureFlow(Penalty):
     def __call__(self):
         features, self.features = self.features, []
         if not features:
-            raise ValueError("FeatureFlow has no features: run the model in training mode inside `with penalty.attached():`")
+            raise ValueError(
+                "FeatureFlow has no features: run the model in training mode inside `with penalty.attached():`"
+            )
         flows = runs(features)
         if not flows:
-            shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in zip(self.modules, features))
-            raise ValueError(f"no two consecutive layers of equal shape to follow: {shapes}; choose others by `layers`")
+            shapes = ", ".join(
+                f"{name} {list(x.shape[1:])}" for name, x in zip(self.modules, features)
+            )
+            raise ValueError(
+                f"no two consecutive layers of equal shape to follow: {shapes}; choose others by `layers`"
+            )
         length, curvature = map(sum, zip(*map(measure, flows)))
         return self.length * length + self.curvature * curvature
 
@@ -61,7 +69,10 @@ def flows(model, images, layers=None):
     shape, each a list of tensors on the CPU, one a layer followed. `layers` as in FeatureFlow."""
     features, training = [], model.training
     try:
-        with _hooked(followed(model, layers), lambda module, _, out: features.append(out.to("cpu", copy=True))):
+        with _hooked(
+            followed(model, layers),
+            lambda module, _, out: features.append(out.to("cpu", copy=True)),
+        ):
             model.eval()(images.to(next(model.parameters()).device))
     finally:
         model.train(training)
@@ -80,17 +91,24 @@ def followed(model, layers=None):
     """The modules whose outputs make the flow, by name, in order (see FeatureFlow)."""
     modules = dict(model.named_modules())
     if layers is None:
-        blocks = [n for n, m in modules.items() if n and not isinstance(m, nn.Sequential) and _is_block(m)]
+        blocks = [
+            n for n, m in modules.items() if n and not isinstance(m, nn.Sequential) and _is_block(m)
+        ]
         layers = blocks or [n for n, m in modules.items() if isinstance(m, nn.ReLU)]
     unknown = [n for n in layers if n not in modules]
     if unknown or not layers:
-        raise ValueError(f"no layers to follow: {', '.join(unknown) or 'the network has neither blocks nor ReLUs'}")
+        raise ValueError(
+            f"no layers to follow: {', '.join(unknown) or 'the network has neither blocks nor ReLUs'}"
+        )
     return {n: modules[n] for n in layers}
 
 
 def _is_block(module):
     """Whether convolutions and BatchNorms are among its own children."""
-    return all(any(isinstance(child, kind) for child in module.children()) for kind in (nn.Conv2d, nn.BatchNorm2d))
+    return all(
+        any(isinstance(child, kind) for child in module.children())
+        for kind in (nn.Conv2d, nn.BatchNorm2d)
+    )
 
 
 def runs(features):
@@ -103,4 +121,6 @@ def measure(flow):
     """Length and total absolute curvature of one stretch: Σ mean|x_{l+1} − x_l|, Σ mean|x_{l+1} − 2x_l + x_{l−1}|."""
     steps = [b.float() - a.float() for a, b in zip(flow, flow[1:])]
     bends = [b - a for a, b in zip(steps, steps[1:])]
-    return sum(s.abs().mean() for s in steps), sum((b.abs().mean() for b in bends), torch.zeros((), device=flow[0].device))
+    return sum(s.abs().mean() for s in steps), sum(
+        (b.abs().mean() for b in bends), torch.zeros((), device=flow[0].device)
+    )

@@ -11,16 +11,16 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 
-from .cost import cost, latency
-from .data import Data, Split, steps_per_epoch
-from .files import write_json
-from .graph import ChannelGraph
-from .masks import masks_for_macs
-from .models import network, resnet
-from .prune import prune
-from .runs import environment
-from .shapes import draw_shapes
-from .train import fit, pick_device, pick_precision
+from mslib.costs import cost, latency
+from mslib.data.shapes import draw_shapes
+from mslib.data.tensors import Data, Split, steps_per_epoch
+from mslib.files import write_json
+from mslib.networks import network, resnet
+from mslib.pruning.channels import ChannelGraph
+from mslib.pruning.masks import masks_for_macs
+from mslib.pruning.surgery import prune
+from mslib.training.loop import fit, pick_device, pick_precision
+from mslib.training.runs import environment
 
 log = logging.getLogger("mslib")
 HOW = {False: "as it is", True: "compiled"}
@@ -34,7 +34,12 @@ def bench(path, depth=56, images=1280, rounds=3, seconds=1.0, size=224, say=prin
     """
     rows, compiled = [], (False, True) if _compiles() else (False,)
     on_a_gpu = captured(depth) if torch.cuda.is_available() else ()
-    parts = training(depth, images, rounds, compiled), on_a_gpu, speed_up(depth, rounds, seconds, size, compiled[-1]), surgery(rounds, size)
+    parts = (
+        training(depth, images, rounds, compiled),
+        on_a_gpu,
+        speed_up(depth, rounds, seconds, size, compiled[-1]),
+        surgery(rounds, size),
+    )
     for row in itertools.chain(*parts):
         rows.append(row)
         say("{what}: {ours:.4g} {unit}; {theirs_is}: {theirs:.4g}; ratio {ratio:.2f}".format(**row))
@@ -48,13 +53,23 @@ def _compiles():
         torch.compile(nn.Linear(1, 1))(torch.ones(1, 1))
         return True
     except Exception as error:  # of many kinds
-        log.warning("torch.compile does not work here, its rows are left out: %s", str(error).strip().splitlines()[0])
+        log.warning(
+            "torch.compile does not work here, its rows are left out: %s",
+            str(error).strip().splitlines()[0],
+        )
         return False
 
 
 def _row(what, unit, ours, theirs, theirs_is, less_is_better=False):
     ratio = theirs / ours if less_is_better else ours / theirs
-    return {"what": what, "unit": unit, "ours": ours, "theirs": theirs, "ratio": ratio, "theirs_is": theirs_is}
+    return {
+        "what": what,
+        "unit": unit,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ratio,
+        "theirs_is": theirs_is,
+    }
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -67,8 +82,14 @@ class _Pictures(Dataset):
         from torchvision import transforms
 
         self.split = split
-        steps = (transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor())
-        self.transform = transforms.Compose([transforms.ToPILImage(), *steps, transforms.Normalize([0.47] * 3, [0.25] * 3)])
+        steps = (
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        )
+        self.transform = transforms.Compose(
+            [transforms.ToPILImage(), *steps, transforms.Normalize([0.47] * 3, [0.25] * 3)]
+        )
 
     def __len__(self):
         return len(self.split)
@@ -87,7 +108,14 @@ def textbook(model, data, batch_size=128, workers=2):
     device = pick_device()
     model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(_Pictures(data.train), batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
+    loader = DataLoader(
+        _Pictures(data.train),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=True,
+    )
     for _ in range(2):
         began = time.perf_counter()
         for x, y in loader:
@@ -132,7 +160,9 @@ def training(depth, images, rounds, compiled):
             best[capture] = max(best[capture], seen / second_epoch(resnet(depth), data, capture))
     other = "textbook loop (DataLoader, PIL transforms, fp32, default layout)"
     for capture, ours in best.items():
-        yield _row(f"training ResNet-{depth}, {HOW[capture]}, batch 128", "images/s", ours, theirs, other)
+        yield _row(
+            f"training ResNet-{depth}, {HOW[capture]}, batch 128", "images/s", ours, theirs, other
+        )
 
 
 def captured(depth, images=50_000, capture=True):
@@ -141,18 +171,33 @@ def captured(depth, images=50_000, capture=True):
     That bound: each convolution reads its input and writes its output; going back, it reads both again and writes one
     gradient; at the speed at which this device copies.
     """
-    data = _data(Split(torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8), torch.arange(images) % 10))
+    data = _data(
+        Split(torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8), torch.arange(images) % 10)
+    )
     model, moved, device = resnet(depth), [], pick_device()
     bf16 = pick_precision("auto", device, model, data) == "bf16"
     twin = copy.deepcopy(model)
     for m in twin.modules():
         if isinstance(m, nn.Conv2d):
-            m.register_forward_hook(lambda _, x, out: moved.append((3 * x[0].numel() + 2 * out.numel()) * (2 if bf16 else 4)))
+            m.register_forward_hook(
+                lambda _, x, out: moved.append(
+                    (3 * x[0].numel() + 2 * out.numel()) * (2 if bf16 else 4)
+                )
+            )
     twin(data.example)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    copying = Timer("block.clone()", globals={"block": block}).blocked_autorange(min_run_time=0.5).median
+    copying = (
+        Timer("block.clone()", globals={"block": block}).blocked_autorange(min_run_time=0.5).median
+    )
     bound = images * sum(moved) / (2 * len(block) / copying)
-    yield _row(f"one epoch of {images:,} images, ResNet-{depth}", "s", second_epoch(model, data, capture), bound, "the bound of memory bandwidth", True)
+    yield _row(
+        f"one epoch of {images:,} images, ResNet-{depth}",
+        "s",
+        second_epoch(model, data, capture),
+        bound,
+        "the bound of memory bandwidth",
+        True,
+    )
 
 
 # ---- inference -----------------------------------------------------------------------------------------------------
@@ -170,18 +215,31 @@ def _lively(model):
 def speed_up(depth, rounds, seconds, size, compiled):
     """Measured speed-up of networks cut to half of their MACs beside what the MACs promise; in turns, the best of each."""
     small_cuts, wide_cuts = ((False, 1), (True, 1), (True, 8)), ((True, 16),)
-    for name, model, side, cuts in ((f"ResNet-{depth}", resnet(depth), 32, small_cuts), ("ResNet-50", network("resnet50"), size, wide_cuts)):
+    for name, model, side, cuts in (
+        (f"ResNet-{depth}", resnet(depth), 32, small_cuts),
+        ("ResNet-50", network("resnet50"), size, wide_cuts),
+    ):
         model, image = _lively(model), torch.randn(1, 3, side, side, device=pick_device())
         for residual, round_to in cuts:
-            small = prune(model, masks_for_macs(model, image, 0.5, residual, round_to=round_to), image)
+            small = prune(
+                model, masks_for_macs(model, image, 0.5, residual, round_to=round_to), image
+            )
             promise = cost(model, image).macs / cost(small, image).macs
             cut = f"{'inner and residual' if residual else 'inner'} channels{f' in multiples of {round_to}' if round_to > 1 else ''}"
             for batch in (1, 128):
-                x, best = torch.randn(batch, *image.shape[1:], device=image.device), [float("inf")] * 2
+                x, best = (
+                    torch.randn(batch, *image.shape[1:], device=image.device),
+                    [float("inf")] * 2,
+                )
                 for _ in range(rounds):
-                    best = [min(b, latency(net, x, seconds, compiled).median) for b, net in zip(best, (model, small))]
+                    best = [
+                        min(b, latency(net, x, seconds, compiled).median)
+                        for b, net in zip(best, (model, small))
+                    ]
                 what = f"pruned {name} ({cut}), {HOW[compiled]}, batch {batch}"
-                yield _row(what, "times faster", best[0] / best[1], promise, "the ratio of the MACs")
+                yield _row(
+                    what, "times faster", best[0] / best[1], promise, "the ratio of the MACs"
+                )
 
 
 # ---- surgery -------------------------------------------------------------------------------------------------------
@@ -204,12 +262,24 @@ def surgery(rounds, size):
         best["ours"] = min(best["ours"], time.perf_counter() - began)
         began = time.perf_counter()
         theirs = copy.deepcopy(model)
-        modules, graph = dict(theirs.named_modules()), tp.DependencyGraph().build_dependency(theirs, image)
+        modules, graph = (
+            dict(theirs.named_modules()),
+            tp.DependencyGraph().build_dependency(theirs, image),
+        )
         for name, keep in masks.items():
             if not keep.all():
                 gone = (~keep).nonzero().flatten().tolist()
-                graph.get_pruning_group(modules[writer[name]], tp.prune_conv_out_channels, gone).prune()
+                graph.get_pruning_group(
+                    modules[writer[name]], tp.prune_conv_out_channels, gone
+                ).prune()
         best["theirs"] = min(best["theirs"], time.perf_counter() - began)
     if cost(ours, image).macs != cost(theirs, image).macs:
         raise AssertionError("prune and torch-pruning left networks of different cost")
-    yield _row("pruning ResNet-50 by a mask", "s", best["ours"], best["theirs"], "torch-pruning, same channels", less_is_better=True)
+    yield _row(
+        "pruning ResNet-50 by a mask",
+        "s",
+        best["ours"],
+        best["theirs"],
+        "torch-pruning, same channels",
+        less_is_better=True,
+    )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .data import Data, Split, normalize
-from .files import ROOT, read_tensors, replacing, write_tensors
-from .parallel import rank, world
+from ..files import ROOT, read_tensors, replacing, write_tensors
+from ..processes import rank, world
 from .shapes import CLASSES, draw_shapes
+from .tensors import Data, Split, normalize
 
 KNOWN = ("shapes", "cifar10", "cifar100")
 
@@ -29,7 +29,10 @@ def load_data(dataset="shapes", val=0.1, image_size=None, sizes=(4000, 1000)):
     """
     _check_share(val)
     if dataset == "shapes":
-        names, (train, test) = CLASSES, (Split(*draw_shapes(n, image_size or 32, seed)) for seed, n in enumerate(sizes, 1))
+        names, (train, test) = (
+            CLASSES,
+            (Split(*draw_shapes(n, image_size or 32, seed)) for seed, n in enumerate(sizes, 1)),
+        )
     elif dataset in ("cifar10", "cifar100"):
         names, train, test = _cifar(dataset, image_size)
     else:
@@ -60,25 +63,53 @@ def load_folder(path, size=224, batch_size=128, val=0.1, crop=0.08, workers=2):
     path = Path(path).expanduser()
     test = next((path / name for name in ("test", "val", "valid") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
-        raise FileNotFoundError(f"{path} does not hold train/<class>/* and test/<class>/* (or val/<class>/*)")
+        raise FileNotFoundError(
+            f"{path} does not hold train/<class>/* and test/<class>/* (or val/<class>/*)"
+        )
     if not 0 < crop <= 1:
-        raise ValueError(f"crop={crop}: the smallest share of the area that a random crop keeps, above 0 and up to 1")
+        raise ValueError(
+            f"crop={crop}: the smallest share of the area that a random crop keeps, above 0 and up to 1"
+        )
     if batch_size % world():
-        raise ValueError(f"batch_size={batch_size} cannot be shared by {world()} processes; take a multiple of {world()}")
+        raise ValueError(
+            f"batch_size={batch_size} cannot be shared by {world()} processes; take a multiple of {world()}"
+        )
     tensor = (v2.PILToTensor(), _normalized)
     drawn = v2.Compose([v2.RandomResizedCrop(size, (crop, 1)), v2.RandomHorizontalFlip(), *tensor])
     plain = v2.Compose([v2.Resize(round(size / 0.875)), v2.CenterCrop(size), *tensor])
-    train, held, tests = ImageFolder(path / "train", drawn), ImageFolder(path / "train", plain), ImageFolder(test, plain)
+    train, held, tests = (
+        ImageFolder(path / "train", drawn),
+        ImageFolder(path / "train", plain),
+        ImageFolder(test, plain),
+    )
     if train.classes != tests.classes:
         apart = sorted(set(train.classes) ^ set(tests.classes))
-        raise ValueError(f"{path}: train/ and {test.name}/ must hold the same classes; {apart[0]!r} is in one of them only")
+        raise ValueError(
+            f"{path}: train/ and {test.name}/ must hold the same classes; {apart[0]!r} is in one of them only"
+        )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     middle = max(1, round(val * len(train)))
     train, held = Subset(train, order[middle:]), Subset(held, order[:middle])
-    each, common = batch_size // world(), {"num_workers": workers, "pin_memory": torch.cuda.is_available()}  # new workers an epoch: what they draw follows from its seed
+    each, common = (
+        batch_size // world(),
+        {"num_workers": workers, "pin_memory": torch.cuda.is_available()},
+    )  # new workers an epoch: what they draw follows from its seed
     sampler = DistributedSampler(train, world(), rank(), drop_last=True) if world() > 1 else None
-    loaders = DataLoader(train, each, shuffle=sampler is None, sampler=sampler, drop_last=len(train) >= batch_size, **common)
-    return Data(path.name, loaders, DataLoader(held, each, **common), DataLoader(tests, each, **common), tuple(tests.classes))
+    loaders = DataLoader(
+        train,
+        each,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=len(train) >= batch_size,
+        **common,
+    )
+    return Data(
+        path.name,
+        loaders,
+        DataLoader(held, each, **common),
+        DataLoader(tests, each, **common),
+        tuple(tests.classes),
+    )
 
 
 def image_folder(dataset, path, size=32, sizes=(1000, 400)):
@@ -97,15 +128,23 @@ def image_folder(dataset, path, size=32, sizes=(1000, 400)):
             for split, parts in {"train": (data.train, data.val), "test": (data.test,)}.items():
                 for name in data.classes:
                     (beside / split / name).mkdir(parents=True)
-                pairs = ((image, label) for part in parts for image, label in zip(part.images, part.labels))
+                pairs = (
+                    (image, label)
+                    for part in parts
+                    for image, label in zip(part.images, part.labels)
+                )
                 for i, (image, label) in enumerate(pairs):
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(beside / split / data.classes[label] / f"{i:05}.png")
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(
+                        beside / split / data.classes[label] / f"{i:05}.png"
+                    )
     return path
 
 
 def _check_share(val):
     if not 0 < val < 1:
-        raise ValueError(f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1")
+        raise ValueError(
+            f"val={val}: the share of training images held out lies between 0 and 1, for example 0.1"
+        )
 
 
 def _normalized(image):
@@ -128,7 +167,10 @@ def _cifar(name, side):
     from torchvision.transforms.v2.functional import resize
 
     try:
-        sets = [getattr(datasets, name.upper())(ROOT / "data", train=train, download=True) for train in (True, False)]
+        sets = [
+            getattr(datasets, name.upper())(ROOT / "data", train=train, download=True)
+            for train in (True, False)
+        ]
     except Exception as error:
         raise OSError(
             f"{name} could not be downloaded to {ROOT / 'data'} ({error}); connect once, "
@@ -160,9 +202,13 @@ def _entries(path):
 def _read_folder(path, image_size):
     """Classes, training and test split of a folder or archive; kept as tensors in data/cache for the next time."""
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {image_size}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {image_size}".encode()
+    ).hexdigest()[:16]
     cache = ROOT / "data" / "cache" / f"{key}.pt"
-    if path.is_file() and cache.exists():  # a folder may change inside without a trace: read it anew
+    if (
+        path.is_file() and cache.exists()
+    ):  # a folder may change inside without a trace: read it anew
         kept = read_tensors(cache)
         return kept["classes"], Split(*kept["train"]), Split(*kept["test"])
     found = {"train": {}, "test": {}, "val": {}}  # split -> {name inside: (class, pixels)}
@@ -177,29 +223,45 @@ def _read_folder(path, image_size):
                 pixels = _decode(content, f"{path}: {name}", side)
                 side = side or pixels.shape[-1]
                 found[split][name] = (parts[-2], pixels)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as a folder, .tar.gz or .zip of images: {error}") from error
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        zlib.error,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read as a folder, .tar.gz or .zip of images: {error}"
+        ) from error
     val = found.pop("val")
     found["test"] = found["test"] or val
     for split, images in found.items():
         if not images:
-            raise ValueError(f"{path} holds no {split} images; expected files like {split}/<class>/0001.png")
+            raise ValueError(
+                f"{path} holds no {split} images; expected files like {split}/<class>/0001.png"
+            )
     labels = {split: {label for label, _ in images.values()} for split, images in found.items()}
     classes = sorted(labels["train"])
     for split, other in (("test", "train"), ("train", "test")):
         if missing := sorted(labels[other] - labels[split]):
-            raise ValueError(f"{path}: class {missing[0]!r} is in {other}/ but has no image in {split}/; add some")
+            raise ValueError(
+                f"{path}: class {missing[0]!r} is in {other}/ but has no image in {split}/; add some"
+            )
     if len(classes) < 2:
         raise ValueError(f"{path} has one class, {classes[0]!r}; a classifier needs at least two")
     splits = {}
     for split, images in found.items():
         rows = [images[name] for name in sorted(images)]
         splits[split] = Split(
-            torch.stack([pixels for _, pixels in rows]), torch.tensor([classes.index(label) for label, _ in rows])
+            torch.stack([pixels for _, pixels in rows]),
+            torch.tensor([classes.index(label) for label, _ in rows]),
         )
     if path.is_file():
         try:
-            write_tensors(cache, {"classes": classes} | {k: (s.images, s.labels) for k, s in splits.items()})
+            write_tensors(
+                cache, {"classes": classes} | {k: (s.images, s.labels) for k, s in splits.items()}
+            )
         except OSError:
             pass  # only a cache: without it the next start reads the archive again
     return classes, splits["train"], splits["test"]
@@ -212,8 +274,14 @@ def _decode(content, name, side):
 
     try:
         image = Image.open(io.BytesIO(content))
-        image = image.convert("RGBA").convert("RGB") if image.mode in ("P", "LA", "PA") else image.convert("RGB")
+        image = (
+            image.convert("RGBA").convert("RGB")
+            if image.mode in ("P", "LA", "PA")
+            else image.convert("RGB")
+        )
         side = side or min(image.size)
         return torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} is not a readable image ({error}); remove it or replace it") from error
+        raise ValueError(
+            f"{name} is not a readable image ({error}); remove it or replace it"
+        ) from error
