@@ -27,17 +27,9 @@ from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
 from .penalties.growing import GrowingL2
 from .pruning.channels import ChannelGraph
 from .pruning.groups import channel_groups
-from .pruning.masks import (
-    filter_norms,
-    gammas,
-    load_masks,
-    masks_below,
-    masks_for_macs,
-    masks_for_ratio,
-    outgoing_norms,
-    save_masks,
-    weight_norms,
-)
+from .pruning.maskfiles import load_masks, save_masks
+from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
+from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
 from .pruning.surgery import prune, zero_masked
 from .training.loop import evaluate, fit, learning_rates, recalibrate
 from .training.runs import environment

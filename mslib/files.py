@@ -79,3 +79,9 @@ def read_tensors(path):
         raise ValueError(
             f"{path} cannot be read: truncated, damaged or not a weights file ({reason})"
         ) from None
+
+
+def reason(error):
+    """The first line of what an exception says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -300,3 +300,35 @@ def resize(model, state, origin="the state"):
 
 
 NETWORKS = {"resnet": resnet, "vgg": vgg, "torchvision": network}
+
+
+def unwrap(model):
+    """The network inside of DataParallel, DistributedDataParallel or torch.compile wrappers."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
+        model, "_orig_mod"
+    ):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
+def call(model, example):
+    """The outputs of `model` for `example`: a tensor, a tuple or list of inputs, or a dict of named ones."""
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+
+
+def sync_widths(model):
+    """Set the attributes of layers that tell their widths from the shapes of their weights."""
+    for m in model.modules():
+        if isinstance(m, nn.modules.conv._ConvTransposeNd):
+            m.in_channels, m.out_channels = m.weight.shape[0], m.weight.shape[1] * m.groups
+        elif isinstance(m, nn.modules.conv._ConvNd):
+            m.out_channels, m.in_channels = m.weight.shape[0], m.weight.shape[1] * m.groups
+        elif isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None:
+            m.num_features = len(m.weight)
+        elif isinstance(m, nn.Linear):
+            m.out_features, m.in_features = m.weight.shape
+        elif isinstance(m, nn.PReLU):
+            m.num_parameters = len(m.weight)
+    return model

@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..pruning.channels import ChannelGraph, as_graph
-from ..pruning.masks import check_masks, fingerprint
+from ..pruning.maskfiles import fingerprint
+from ..pruning.masks import check_mask
 from ..training.loop import MOMENTUM, learning_rates
 
 
@@ -177,7 +178,7 @@ class MaskedL1(_GammaL1):
     """
 
     def __init__(self, model, masks, strength, proximal=False):
-        check_masks(ChannelGraph(model), masks)
+        [check_mask(n, m, len(model.get_submodule(n).weight)) for n, m in masks.items()]
         super().__init__(model, {name: ~keep for name, keep in masks.items()}, strength, proximal)
 
 

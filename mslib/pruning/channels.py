@@ -1,438 +1,350 @@
-"""The channel graph: which layers share a channel, found by tracing the network, not by layer names.
+"""The channel graph: which layers share a channel, found by watching the network run, not by layer names.
 
-Every tensor of the network is described by the ids of its channels, one integer a channel. A convolution makes new
-ids; BatchNorm, ReLU, pooling and a depthwise convolution pass them on; concatenation puts rows of ids in a row; an
-addition or a product makes two rows of ids the same, a grouped convolution the channels at one place of its groups; a
-layer that reads a tensor is remembered with the ids that it reads. Channels that ended up with one id can only be
-removed together.
+Every channel that a layer makes gets an id. `Tracer` follows the ids through the network and joins those that can only
+go together; here the result is checked and asked. Channels that ended up with one root go together or stay together.
 """
 
+import copy
 import math
-import operator
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
-from torch import fx, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ..networks import PaddedShortcut
-
-ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.SiLU,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Sigmoid,
-    nn.Hardsigmoid,
-    nn.Tanh,
-    nn.ELU,
-    nn.PReLU,
-    nn.Hardtanh,
-    nn.Softplus,
-    nn.Mish,
-    F.relu,
-    F.relu_,
-    torch.relu,
-    torch.relu_,
-    F.relu6,
-    F.leaky_relu,
-    F.silu,
-    F.gelu,
-    F.hardswish,
-    F.hardsigmoid,
-    F.mish,
-    F.elu,
-    F.sigmoid,
-    torch.sigmoid,
-    torch.tanh,
-    "relu",
-    "relu_",
-    "sigmoid",
-    "tanh",
-)
-IDENTITY = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    F.dropout,
-    F.dropout2d,
-    "stochastic_depth",
-    "contiguous",
-    "clone",
-)
-POOLING = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    F.max_pool2d,
-    F.avg_pool2d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_max_pool2d,
-    nn.Flatten,
-    torch.flatten,
-    "flatten",
-    "mean",
-    torch.mean,
-)
-ADDITION = (operator.add, operator.iadd, torch.add, "add", "add_")
-PRODUCT = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-SHAPES = ("size", getattr, operator.getitem, "dim")  # applied to a shape they touch no channel
-
-
-@dataclass
-class Value:
-    """What is known of a tensor's channels. All fields but `maker` have one entry a channel."""
-
-    ids: torch.Tensor  # int64
-    dead: torch.Tensor  # bool: zero everywhere once γ and β of the channel's BatchNorms are zero
-    constant: torch.Tensor  # what it holds once γ alone is zero; nan if that depends on the image
-    maker: str = ""  # the module that made it, when nothing stands between
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return isinstance(module, PaddedShortcut) or super().is_leaf_module(module, name)
+from ..files import nearest, reason
+from ..networks import call, sync_widths, unwrap
+from .labels import NO_CHANNEL, Notes, Weight, named_weight
+from .trace import Tracer, outputs_of
 
 
 class ChannelGraph:
-    """The channels of `model` and the layers that share them.
+    """The channels of `model` and the layers that share them; traced once, it may stand for model and example anywhere.
 
-    `outputs`, `norms`, `inputs`: module name -> ids of the channels it writes, scales, reads.
-    `slopes`: the same of PReLUs. `constants`: reader -> what each channel it reads would hold with γ = 0. `pads`: option-A shortcuts.
-    `norm_after`: convolution -> the BatchNorm that alone reads it. `norm_beside`: shortcut -> the BatchNorm it is added to.
-    `calls`: module name -> how often it is called.
-    `root[id]`: the id that stands for all ids joined with it. `reasons`: root -> why it must stay.
+    model: any network with BatchNorms; wrappers (DataParallel, torch.compile) are taken off. It is not changed: a copy
+    without numbers runs, in evaluation mode. example: what its forward takes, such as float [N, C, H, W]; a tuple or a
+    dict of tensors for several inputs.
 
-    Raises ValueError when the network cannot be traced.
+    `outputs`, `norms`, `inputs`: module name -> ids of the channels that it writes, scales, reads (int64).
+    `root[id]`: the id that stands for all that go with it. `reasons`: root -> why it must stay.
+    `norm_after`: layer -> the BatchNorm that alone reads it; `conv_before`: the other way round.
+
+    Raises ValueError for a network that cannot be traced, has layers that the example does not reach, or computes its
+    weights on the way (weight_norm …), with the remedy.
     """
 
-    def __init__(self, model, example=None):
-        self.model, self.example = model, example
-        self.modules = dict(model.named_modules())
-        self.parent, self.kept, self.needs, self.added = [], {}, [], []
-        self.outputs, self.norms, self.inputs, self.slopes, self.constants, self.pads = (
+    def __init__(self, model: nn.Module, example):
+        self.model, self.example = unwrap(model), example
+        self.modules = dict(self.model.named_modules())
+        _refuse_reparametrized(self.modules)
+        _refuse_example(self.model, example)
+        self.notes = self._trace(Notes(), self._weights())
+        self._settle()
+        self._probe_all()
+
+    @property
+    def conv_before(self) -> dict[str, str]:
+        """BatchNorm -> the layer right before it."""
+        return {norm: conv for conv, norm in self.norm_after.items()}
+
+    # ---- tracing ----
+
+    def _weights(self) -> dict[str, Weight]:
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: named_weight(name, data.detach()) for name, data in named}
+
+    def _trace(self, notes: Notes, weights: dict[str, Weight]) -> Notes:
+        """Run a copy without numbers, with weights of the shapes in `weights`, and fill `notes`."""
+        bare, known, names = (
             {},
             {},
             {},
-            {},
-            {},
-            {},
-        )
-        self.norm_after, self.norm_beside = {}, {}
+        )  # by the id of a tensor here: its copy; of the copy: its weight; here: its name
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            empty = torch.empty(weights[name].data.shape, dtype=tensor.dtype, device="meta")
+            bare[id(tensor)] = (
+                nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+            )
+            known[id(bare[id(tensor)])], names[id(tensor)] = weights[name], name
+        for m in self.modules.values():  # tensors that are neither parameters nor buffers
+            for value in vars(m).values():
+                if isinstance(value, torch.Tensor):
+                    bare.setdefault(id(value), value.to("meta"))
+        model = copy.deepcopy(self.model, bare).eval()
+        for name, ids in notes.depthwise.items():
+            model.get_submodule(name).groups = len(ids)
+        tracer = Tracer(notes, known, self.modules)
         try:
-            nodes = list(_Tracer().trace(model).nodes)
+            with torch.no_grad(), tracer:
+                out = call(sync_widths(model), _without_numbers(self.example))
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be traced by torch.fx ({str(error).splitlines()[0]}); "
-                "its forward must not branch on tensor values"
+                f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. Its forward must run on "
+                "an example of the right size and type, and must not branch on the values of tensors"
             ) from error
-        self.calls = Counter(node.target for node in nodes if node.op == "call_module")
-        values = {}
-        for node in nodes:
-            values[node] = self._visit(node, values)
-        self.root = torch.tensor([self._find(i) for i in range(len(self.parent))])
+        for value in outputs_of(out, tracer.values):
+            notes.keep(value.ids, "it is an output of the network")
+        self._refuse_unreached(tracer.touched, names)
+        return notes
+
+    def _refuse_unreached(self, touched: set[str], names: dict[int, str]) -> None:
+        """Layers that the run did not use might use channels that are cut, where it takes another way."""
+        for layer, m in self.modules.items():
+            own = [names[id(p)] for p in m.parameters(recurse=False)]
+            if own and not touched.intersection(own):
+                raise ValueError(
+                    f"{type(self.model).__name__}: the example does not reach the layer {layer!r} in evaluation mode, so "
+                    "what it reads cannot be followed. Remove it (an auxiliary head, for instance), or call it in forward"
+                )
+
+    def _settle(self) -> None:
+        """Take from the notes what is asked for later."""
+        notes = self.notes
+        self.outputs, self.norms, self.inputs = notes.outputs, notes.norms, notes.inputs
+        self.calls = Counter(name for name, _ in notes.reads)
+        self.root = notes.roots(torch.arange(len(notes.parent)))
+        self.reasons: dict[int, str] = {}
+        for ids, why in [
+            *notes.kept,
+            (torch.tensor([NO_CHANNEL]), "it meets padding, or a tensor that has no channels"),
+        ]:
+            for root in self.root[ids].unique().tolist():
+                self.reasons.setdefault(root, why)
+        seen = [
+            (value, conv, norm) for value, conv, norm in notes.before_norm if value.readers == 1
+        ]
+        self.norm_after = {conv: norm for _, conv, norm in seen if conv in self.outputs}
         self.gated = torch.zeros(
             len(self.root), dtype=torch.bool
         )  # [ids]: some reader sees more of it than a constant
-        for name, constant in self.constants.items():
-            self.gated[self.root[self.inputs[name][constant.isnan()]]] = True
+        for name, constants in notes.constants.items():
+            ids = self.inputs[name]
+            self.gated[self.root[ids[constants.isnan()]]] = True
         self.gated = self.gated[self.root]
-        self.reasons = {self._find(i): reason for i, reason in self.kept.items()}
 
-    # -- joining channels --
+    # ---- probing: a cut network must do with what is left what this one did ----
 
-    def _fresh(self, n):
-        start = len(self.parent)
-        self.parent.extend(range(start, start + n))
-        return torch.arange(start, start + n)
+    def _probe_all(self) -> None:
+        """Cut about half of everything, on a copy without numbers, and trace it: nothing new may turn up.
 
-    def _find(self, i):
-        while self.parent[i] != i:
-            self.parent[i] = i = self.parent[self.parent[i]]
-        return i
-
-    def _join(self, a, b):
-        for i, j in zip(a.tolist(), b.tolist()):
-            self.parent[self._find(i)] = self._find(j)
-
-    def _keep(self, ids, reason):
-        for i in ids.tolist():
-            self.kept.setdefault(i, reason)
-
-    def _note(self, table, name, ids):
-        """Remember that module `name` touches `ids`; a module called twice touches the same channels twice."""
-        if name in table:
-            self._join(table[name], ids)
-        table.setdefault(name, ids)
-
-    # -- one node of the traced network --
-
-    def _visit(self, node, values):
-        inputs = [values[n] for n in node.all_input_nodes]
-        known = [v for v in inputs if isinstance(v, Value)]
-        if node.op == "output":
-            for v in known:
-                self._keep(v.ids, "it is an output of the network")
-        if node.op in ("placeholder", "get_attr", "output"):
-            return None
-        target = self.modules[node.target] if node.op == "call_module" else node.target
-        kind = type(target) if node.op == "call_module" else target
-        if node.op == "call_module" and (
-            layer := self._layer(node.target, target, known[0] if known else None, node)
-        ):
-            return layer
-        if not known:
-            return None  # the network's input, or a shape
-        value = known[0]
-        if (
-            getattr(kind, "__name__", "") == "stochastic_depth"
-        ):  # by name: importing torchvision takes a second
-            kind = "stochastic_depth"
-        if kind in IDENTITY and len(known) == 1:
-            return Value(value.ids, value.dead, value.constant)
-        if kind in ELEMENTWISE and len(known) == 1:
-            return self._elementwise(value, target, node)
-        if kind in POOLING and len(known) == 1 and _pools(node, kind, target):
-            return Value(value.ids, value.dead, value.constant)
-        if kind is F.pad and len(node.args) == 2 and len(node.args[1]) <= 4 and not node.kwargs:
-            return Value(value.ids, value.dead, value.constant)  # zeros around the image
-        if (
-            kind in (*ADDITION, *PRODUCT)
-            and len(known) == len(node.args) == 2
-            and not node.kwargs
-            and len(known[0].ids) == len(known[1].ids)
-        ):
-            return self._join_values(*known, product=kind in PRODUCT)
-        if (
-            kind is torch.cat
-            and (node.args[1:] or tuple(node.kwargs.values())) in ((1,), (-3,))
-            and len(known) == len(inputs)
-        ):
-            parts = [values[n] for n in node.args[0]]
-            return Value(
-                *(
-                    torch.cat([getattr(part, key) for part in parts])
-                    for key in ("ids", "dead", "constant")
-                )
-            )
-        if kind in SHAPES and (
-            kind == "size" or kind == "dim" or node.args[1] in ("shape", "ndim")
-        ):
-            return None
-        if (
-            kind in ("view", "reshape", torch.reshape)
-            and node.args[-1] == -1
-            and len(node.args) == 3
-        ):
-            return Value(value.ids, value.dead, value.constant)  # view(n, -1): flatten
-        if (
-            kind is operator.getitem
-            and isinstance(node.args[1], tuple)
-            and node.args[1][:2] == (slice(None),) * 2
-        ):
-            return Value(value.ids, value.dead, value.constant)  # x[:, :, ::2, ::2]
-        what = (
-            type(target).__name__
-            if node.op == "call_module"
-            else getattr(target, "__name__", str(target))
-        )
-        for v in known:
-            self._keep(v.ids, f"it enters {what!r} ({node.name}), which mslib cannot cut")
-        return None
-
-    def _layer(self, name, m, value, node):
-        """What a layer with weights makes; None for any other."""
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
-            width, groups = (
-                (m.out_channels, m.groups) if isinstance(m, nn.Conv2d) else (m.out_features, 1)
-            )
-            if value is not None and groups > 1 and groups == m.in_channels:
-                return self._depthwise(name, m, value)
-            out = self._fresh(width)
-            if value is not None:
-                self._read(name, m, value, groups)
-            elif groups > 1:
-                self._keep(out, f"{name} is a grouped convolution whose input cannot be followed")
-            for other in out.reshape(groups, -1)[1:]:
-                self._join(out[: len(other)], other)
-            self._note(self.outputs, name, out)
-            return Value(
-                out, torch.zeros(width, dtype=torch.bool), torch.full((width,), torch.nan), name
-            )
-        if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)) and value is not None:
-            ids, dead, constant = self._spread(name, value, m.num_features)
-            self._note(self.norms, name, ids)
-            if m.weight is None or m.running_mean is None:
-                self._keep(
-                    ids,
-                    f"{name} has no γ (affine=False) or no statistics (track_running_stats=False)",
-                )
-                return Value(
-                    ids, torch.zeros_like(dead), torch.full_like(constant, torch.nan), name
-                )
-            if (
-                isinstance(self.modules.get(value.maker), nn.Conv2d)
-                and len(node.all_input_nodes[0].users) == 1
-            ):
-                self.norm_after[value.maker] = name
-            return Value(ids, torch.ones_like(dead), m.bias.detach().cpu().float(), name)
-        if isinstance(m, PaddedShortcut) and value is not None:
-            source = m.source.cpu()
-            out = self._fresh(len(source))
-            self.needs += [(int(j), int(value.ids[s - 1])) for j, s in zip(out, source) if s > 0]
-            dead = torch.cat([torch.ones(1, dtype=torch.bool), value.dead])[source]
-            constant = torch.cat([torch.zeros(1), value.constant])[source]
-            self.pads[name] = (value.ids, out, constant)
-            return Value(out, dead, constant, name)
-        return None
-
-    def _depthwise(self, name, m, value):
-        """Each channel for itself: what it writes has the ids of what it reads."""
-        times = m.out_channels // m.in_channels
-        ids, dead, constant = (
-            t.repeat_interleave(times) for t in (value.ids, value.dead, value.constant)
-        )
-        self._note(self.outputs, name, ids)
-        constant = constant * m.weight.detach().cpu().float().flatten(1).sum(1)
-        if m.bias is not None:
-            constant = constant + m.bias.detach().cpu().float()
-            dead = torch.zeros_like(dead)
-        return Value(ids, dead, constant, name)
-
-    def _read(self, name, m, value, groups=1):
-        ids, dead, constant = self._spread(
-            name, value, m.in_channels if isinstance(m, nn.Conv2d) else m.in_features
-        )
-        for other in ids.reshape(groups, -1)[1:]:
-            self._join(ids[: len(other)], other)
-        self._keep(ids[~dead], f"{name} reads it before any BatchNorm has scaled it")
-        self._note(self.inputs, name, ids)
-        same = constant == self.constants.get(
-            name, constant
-        )  # a layer called twice may read two constants
-        self.constants[name] = torch.where(same, constant, torch.nan)
-
-    def _spread(self, name, value, features):
-        """(ids, dead, constant) of a tensor, one a feature where it was flattened with its pixels."""
-        if features % len(value.ids):
-            raise ValueError(
-                f"{name} reads {features} features from {len(value.ids)} channels: not a whole number each"
-            )
-        return (
-            t.repeat_interleave(features // len(t)) for t in (value.ids, value.dead, value.constant)
-        )
-
-    def _elementwise(self, value, target, node):
-        if isinstance(target, nn.PReLU) and target.num_parameters > 1:
-            self._note(self.slopes, node.target, value.ids)
-
-        options = {
-            k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node)
-        }  # such as a slope
-
-        def f(x):
-            if node.op == "call_method":
-                return getattr(x.clone(), target)()
-            if isinstance(target, nn.PReLU):  # a slope for each channel
-                return F.prelu(x[None], target.weight.detach().cpu().float())[0]
-            return (
-                type(target).forward(target, x.clone())
-                if isinstance(target, nn.Module)
-                else target(x.clone(), *node.args[1:], **options)
-            )
-
-        with torch.no_grad():
-            zero_stays = f(torch.zeros_like(value.constant)) == 0
-            return Value(value.ids, value.dead & zero_stays, f(value.constant))
-
-    def _join_values(self, a, b, product):
-        """A sum is silent where both are; a product (squeeze-and-excitation) where one is."""
-        self._join(a.ids, b.ids)
-        if product:
-            return Value(a.ids, a.dead | b.dead, a.constant * b.constant)
-        self.added.append(a.ids)
-        for pad, norm in ((a, b), (b, a)):
-            if pad.maker in self.pads and norm.maker in self.norms:
-                self.norm_beside[pad.maker] = norm.maker
-        return Value(a.ids, a.dead & b.dead, a.constant + b.constant)
-
-    # -- answers --
-
-    def prunable_norms(self, residual=False):
-        """Names of the BatchNorms whose channels can be removed, in order.
-
-        Without `residual`, only those whose channels take part in no addition (a block's inner channels).
+        Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something does.
         """
-        stay = set(self.reasons)
-        if self.added and not residual:
-            stay.update(self.root[torch.cat(self.added)].tolist())
+        parts = [*self.notes.rigid, *((ids, "the forward") for ids in self.norms.values())]
+        stiff = self._rigid(parts)
+        for ids, what in stiff:
+            self.notes.keep(ids, f"{what} counts on its number of channels")
+            self._settle()
+        if stiff and not self._probe(self._sample(self._free())):
+            for ids in self.norms.values():
+                self.notes.keep(ids, "the forward counts on its number of channels")
+            self._settle()
+
+    def _rigid(self, parts: list[tuple[torch.Tensor, str]]) -> list[tuple[torch.Tensor, str]]:
+        """Those of `parts` (ids, what they passed) of which nothing can be cut, found by halving."""
+        ids = torch.cat([ids.flatten() for ids, _ in parts] or [torch.zeros(0, dtype=torch.long)])
+        some = self._free() & torch.isin(self.root, self.root[ids])
+        if self._probe(self._sample(some)):
+            return []
+        if len(parts) == 1:
+            return parts
+        middle = len(parts) // 2
+        return self._rigid(parts[:middle]) + self._rigid(parts[middle:])
+
+    def _free(self) -> torch.Tensor:
+        """Bool [ids]: some BatchNorm scales it, and nothing keeps it."""
+        free = torch.zeros(len(self.root), dtype=torch.bool)
+        for ids in self.norms.values():
+            free[self.root[ids]] = True
+        free[list(self.reasons)] = False
+        return free[self.root]
+
+    def _sample(self, free: torch.Tensor) -> torch.Tensor:
+        """About half of the `free` ids, bool [ids]; every layer keeps a channel."""
+        generator = torch.Generator().manual_seed(0)
+        drop = (torch.rand(len(free), generator=generator) < 0.5)[self.root] & free
+        while emptied := self.emptied(drop):
+            drop[self.root == self.root[self.outputs[emptied[0]][0]]] = False
+        return self._with_copies(drop)
+
+    def _probe(self, drop: torch.Tensor) -> bool:
+        """Whether the network without the ids in `drop` (bool [ids]) reads just what is left of them."""
+        if not drop.any():
+            return True
+        have = self.notes
+        left = Notes(
+            have.parent.clone(), {name: ids[~drop[ids]] for name, ids in have.made.items()}
+        )
+        left.depthwise = {name: ids[~drop[ids]] for name, ids in have.depthwise.items()}
+        left.dense_before = frozenset(have.outputs.keys() - have.depthwise.keys())
+        try:
+            self._trace(left, self._weights_left(drop))
+        except ValueError:
+            return False
+        joined = not torch.equal(left.roots(torch.arange(len(left.parent))), self.root)
+        kept = {root for ids, _ in left.kept for root in self.root[ids].flatten().tolist()}
+        wanted = [(name, self.root[ids[~drop[ids]]]) for name, ids in have.reads]
+        if joined or not kept <= self.reasons.keys() or len(left.reads) != len(wanted):
+            return False
+        pairs = zip(left.reads, wanted, strict=True)
+        return all(a == b and torch.equal(self.root[row], rest) for (a, row), (b, rest) in pairs)
+
+    def _weights_left(self, drop: torch.Tensor) -> dict[str, Weight]:
+        """The weights of the network without the ids in `drop`: their shapes only."""
+        shapes = {name: list(weight.data.shape) for name, weight in self._weights().items()}
+        for (name, axis), ids in self.notes.slices.items():
+            shapes[name][axis] = int((~drop[ids]).sum())
+        left = {}
+        for name, weight in self._weights().items():
+            left[name] = Weight(
+                name, torch.empty(shapes[name], dtype=weight.data.dtype, device="meta"), weight.axis
+            )
+        for name in self.notes.shortcuts:
+            left[f"{name}.source"] = Weight(f"{name}.source", self.source_left(name, drop), 0)
+        return left
+
+    def source_left(self, name: str, drop: torch.Tensor) -> torch.Tensor:
+        """What is left of the `source` of a PaddedShortcut, renumbered (int64 [channels written])."""
+        read, written, source, _ = self.notes.shortcuts[name]
+        kept = ~drop[read]
+        place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
+        return place[source[~drop[written]]]
+
+    # ---- answers ----
+
+    def prunable_norms(self, residual: bool = False, keep: Iterable[str] = ()) -> list[str]:
+        """Names of the BatchNorms whose channels can be removed, in the order of the network.
+
+        residual: also those whose channels take part in an addition, not only a block's inner ones. keep: names of
+        modules that are to stay as they are, with all that they write, scale and read. ValueError for an unknown name.
+        """
+        stay = set(self.reasons) | self._kept_by(keep)
+        if self.notes.added and not residual:
+            stay.update(self.root[torch.cat(self.notes.added)].tolist())
         return [
             name for name, ids in self.norms.items() if stay.isdisjoint(self.root[ids].tolist())
         ]
 
-    @property
-    def conv_before(self):
-        """BatchNorm -> the convolution right before it."""
-        return {norm: conv for conv, norm in self.norm_after.items()}
+    def _kept_by(self, keep: Iterable[str]) -> set[int]:
+        stay: set[int] = set()
+        for prefix in [keep] if isinstance(keep, str) else keep:
+            if prefix not in self.modules:
+                raise ValueError(
+                    f"keep={prefix!r}: the network has no such module{nearest(prefix, self.modules)}"
+                )
+            for table in (self.outputs, self.norms, self.inputs):
+                for name, ids in table.items():
+                    if name == prefix or name.startswith(f"{prefix}."):
+                        stay.update(self.root[ids].tolist())
+        return stay
 
-    def reason(self, norm):
+    def reason(self, norm: str) -> str:
         """Why BatchNorm `norm` cannot be pruned; empty if it can."""
         return next(
             (self.reasons[r] for r in self.root[self.norms[norm]].tolist() if r in self.reasons), ""
         )
 
-    def dropped(self, masks):
-        """Bool [number of ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
-        drop = torch.zeros(len(self.root), dtype=torch.bool)
-        keep = torch.zeros(len(self.root), dtype=torch.bool)
-        for name, ids in self.norms.items():
-            mask = masks.get(name)
-            drop[self.root[ids]] = True
-            keep[self.root[ids] if mask is None else self.root[ids][mask.cpu()]] = True
-        keep[list(self.reasons)] = True
-        drop &= ~keep
-        while wrong := [
-            int(self.root[j])
-            for j, i in self.needs
-            if drop[self.root[j]] and not drop[self.root[i]]
-        ]:
-            drop[wrong] = (
-                False  # a padded channel is empty only if the channel that it copies goes too
-            )
-        return drop[self.root]
-
-    def share_left(self, layer, drop):
-        """The share of the MACs of `layer` that is left without the ids in `drop` (see `dropped`)."""
-        kept = [
-            float((~drop[table[layer]]).float().mean())
-            for table in (self.inputs, self.outputs)
-            if layer in table
+    def dropped(self, masks: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Bool [ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
+        every = [
+            masks[n].cpu() if n in masks else torch.ones(len(ids), dtype=torch.bool)
+            for n, ids in self.norms.items()
         ]
-        return math.prod(kept)
+        scaled = self.root[torch.cat([*self.norms.values(), torch.tensor([NO_CHANNEL])])]
+        keep = torch.ones(len(self.root), dtype=torch.bool)
+        keep[scaled] = False
+        keep[scaled[torch.cat([*every, torch.tensor([True])])]] = True
+        keep[list(self.reasons)] = True
+        return self._with_copies(~keep[self.root])
 
-    def emptied(self, drop):
+    def _with_copies(self, drop: torch.Tensor) -> torch.Tensor:
+        """A channel that copies one of the stage before is empty only if that one goes too."""
+        while True:
+            before = drop.clone()
+            for read, written, source, _ in self.notes.shortcuts.values():
+                copies = source > 0
+                alone = drop[written[copies]] & ~drop[read[source[copies] - 1]]
+                drop[torch.isin(self.root, self.root[written[copies][alone]])] = False
+            if torch.equal(before, drop):
+                return drop
+
+    def shares_left(self, drop: torch.Tensor) -> dict[str, float]:
+        """Layer -> the share of its MACs that is left without the ids in `drop` (see `dropped`)."""
+        shares = dict.fromkeys([*self.inputs, *self.outputs], 1.0)
+        for table in (self.inputs, self.outputs):
+            for name, ids, left in zip(table, table.values(), _left(table, drop), strict=True):
+                shares[name] *= left / len(ids)
+        return shares
+
+    def emptied(self, drop: torch.Tensor) -> list[str]:
         """Names of the layers of which `drop` (see `dropped`) leaves nothing."""
-        return [name for name, ids in self.outputs.items() if drop[ids].all()]
+        return [
+            name
+            for name, left in zip(self.outputs, _left(self.outputs, drop), strict=True)
+            if not left
+        ]
 
 
-def _pools(node, kind, target):
-    """Whether flatten takes the channels and all behind, and mean the pixels: both leave channels apart."""
-    rest = [*node.args[1:], *node.kwargs.values()]
-    if kind is nn.Flatten:
-        return (target.start_dim, target.end_dim) == (1, -1)
-    if kind in ("flatten", torch.flatten):
-        return rest in ([1], [1, -1])
-    if kind in ("mean", torch.mean):
-        return (
-            bool(rest) and not isinstance(rest[0], int) and sorted(d % 4 for d in rest[0]) == [2, 3]
+def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
+    """How many ids of each row of `table` are left without those in `drop`, all rows at once."""
+    if not table:
+        return []
+    kept = torch.cat(
+        [torch.zeros(1, dtype=torch.long), (~drop[torch.cat([*table.values()])]).cumsum(0)]
+    )
+    ends = torch.tensor([len(ids) for ids in table.values()]).cumsum(0)
+    return kept[ends].diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+
+
+def as_graph(model: "nn.Module | ChannelGraph", example=None) -> ChannelGraph:
+    """The graph of a model and an example; one that was made before is handed through.
+
+    Raises ValueError if the example is missing.
+    """
+    if isinstance(model, ChannelGraph):
+        return model
+    if example is None:
+        raise ValueError(
+            f"an example input is needed to follow the channels of {type(model).__name__}: give one batch of images, "
+            "such as data.example or torch.zeros(1, 3, 32, 32)"
         )
-    return True
+    return ChannelGraph(model, example)
 
 
-def as_graph(model, example=None):
-    """The `ChannelGraph` of a model and an example; one that was made before is handed through."""
-    return model if isinstance(model, ChannelGraph) else ChannelGraph(model, example)
+def _without_numbers(example):
+    return torch.utils._pytree.tree_map(
+        lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, example
+    )
+
+
+def _refuse_example(model: nn.Module, example) -> None:
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if kind is None:
+        raise ValueError(
+            f"{type(model).__name__} has no floating-point parameters: quantized networks cannot be pruned"
+        )
+    for x in torch.utils._pytree.tree_leaves(example):
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != kind:
+            raise ValueError(
+                f"the example is {x.dtype}, the network {kind}; give the example as example.to({kind})"
+            )
+
+
+def _refuse_reparametrized(modules: dict[str, nn.Module]) -> None:
+    """Layers whose weight is computed from others before every forward cannot be cut: say how to undo that."""
+    for name, m in modules.items():
+        keys = m._parameters.keys()
+        remedy = ""
+        if hasattr(m, "parametrizations"):
+            kind = next(iter(m.parametrizations))
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {kind!r})"
+        elif "weight_g" in keys:
+            remedy = "torch.nn.utils.remove_weight_norm(layer)"
+        elif "weight_orig" in keys and "weight_u" in m._buffers:
+            remedy = "torch.nn.utils.remove_spectral_norm(layer)"
+        elif any(key.endswith("_orig") for key in keys):
+            remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+        if remedy:
+            raise ValueError(
+                f"the weight of {name!r} is computed from other tensors; make it an ordinary one first: "
+                f"layer = model.get_submodule({name!r}); {remedy}"
+            )

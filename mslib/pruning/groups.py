@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import nn
 
 from ..costs import cost
-from .channels import as_graph
+from .channels import ChannelGraph, as_graph
+from .labels import NO_CHANNEL
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,9 @@ class Group:
     norms: tuple
     readers: tuple
     reason: str = ""  # why it cannot be pruned; empty if it can
-    macs: int | None = None  # multiply-accumulates of one image that would go with all of it
+    macs: int = 0  # multiply-accumulates of one image that would go with all of it
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"{self.size} channels: {short(self.writers)} -> {short(self.norms) or 'no BatchNorm'} -> {short(self.readers)}"
         return text + (f"  [kept: {self.reason}]" if self.reason else "")
 
@@ -28,8 +30,8 @@ class Group:
 class Groups(list):
     """A list of `Group`s that prints as a table, in a terminal and in a notebook."""
 
-    def table(self):
-        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs if known."""
+    def table(self) -> pd.DataFrame:
+        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs."""
         rows = [
             {
                 "channels": g.size,
@@ -37,50 +39,47 @@ class Groups(list):
                 "scaled by": short(g.norms),
                 "read by": short(g.readers),
                 "free": g.reason or ("yes" if g.norms else "no BatchNorm scales it"),
-                "M MACs": g.macs and g.macs / 1e6,
+                "M MACs": g.macs / 1e6,
             }
             for g in self
         ]
-        return pd.DataFrame(rows).dropna(axis=1, how="all")
+        return pd.DataFrame(rows)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.table().to_string(float_format="%.2f")
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         return self.table().to_html(float_format="%.2f")
 
 
-def short(names):
+def short(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def channel_groups(model, example=None):
+def channel_groups(model: nn.Module | ChannelGraph, example=None) -> Groups:
     """The `Groups` of `model`, in the order of the network; print them to read which layers move together, and why.
 
-    example: float [N, C, H, W]; when given, each group knows the MACs that would go with it.
+    example: what the network's forward takes, such as float [N, C, H, W] (left out for a `ChannelGraph`).
     Raises ValueError when the network cannot be traced.
     """
     graph = as_graph(model, example)
-    model, example = graph.model, graph.example
     touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
     for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
         for name, ids in table.items():
-            for root in graph.root[ids].unique().tolist():
+            for root in set(graph.root[ids].tolist()) - {NO_CHANNEL}:
                 touching.setdefault(root, ({}, {}, {}))[place][name] = None
     members = {}
     for root, places in touching.items():
         members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(
             root
         )
-    layers = {} if example is None else cost(model, example).layers
+    layers = cost(graph.model, graph.example).layers
     order = {name: i for i, name in enumerate(graph.modules)}
     found = []
     for (writers, norms, readers, reason), roots in members.items():
-        drop, gone = torch.isin(graph.root, torch.tensor(roots)), None
-        if example is not None:
-            gone = round(
-                sum(macs * (1 - graph.share_left(name, drop)) for name, macs in layers.items())
-            )
+        drop = torch.isin(graph.root, torch.tensor(roots))
+        shares = graph.shares_left(drop)
+        gone = round(sum(macs * (1 - shares.get(name, 1.0)) for name, macs in layers.items()))
         size = int(drop[graph.outputs[writers[0]]].sum()) if writers else len(roots)
         found.append(Group(size, writers, norms, readers, reason, gone))
     return Groups(sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0)))

@@ -1,63 +1,196 @@
-"""Keep-masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep.
+"""Keep-masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. How to make one, and how to check one."""
 
-A mask is plain data. The functions here make one from γ (or from any scores), check one, save one and load one.
-"""
-
-import hashlib
 import logging
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from ..costs import cost
-from ..files import nearest, read_json, read_tensors, write_tensors
-from .channels import as_graph
+from ..files import nearest
+from .channels import ChannelGraph, as_graph
 from .groups import short
+from .scores import Scores, gammas, shared_scores
 
 log = logging.getLogger("mslib")
 
-
-def gammas(model, example=None, residual=False, keep=()):
-    """|γ| of every prunable BatchNorm: dict[module name -> float tensor [channels]].
-
-    residual: also those of the residual channel spaces (shared by all blocks of a stage), not only inner channels.
-    """
-    graph = as_graph(model, example)
-    return {
-        name: graph.modules[name].weight.detach().abs().float().cpu()
-        for name in graph.prunable_norms(residual)
-    }
+Masks = dict[str, torch.Tensor]
 
 
-def masks_below(model, example=None, threshold=0.01, residual=False, keep=()):
+def masks_below(
+    model: nn.Module | ChannelGraph,
+    example=None,
+    threshold: float = 0.01,
+    residual: bool = False,
+    keep: Iterable[str] = (),
+) -> Masks:
     """Drop every channel with |γ| < `threshold`; a layer that would be emptied keeps its largest (and a log line says so).
 
-    Network Slimming and MaskSparsity prune by such a threshold (0.01 in MaskSparsity's released scripts).
+    Network Slimming and MaskSparsity prune by such a threshold (0.01 in MaskSparsity's released scripts). residual:
+    channels that blocks share, too. keep: names of modules to leave alone.
+
+    Raises ValueError for a threshold that is not above 0, or an unknown name in `keep`.
     """
     if not threshold > 0:
         raise ValueError(
             f"threshold {threshold}: |γ| is compared with it, so it must be above 0, for example 0.01"
         )
     graph = as_graph(model, example)
-    scores = _shared_scores(graph, gammas(graph, None, residual))
+    scores = shared_scores(graph, _told_apart(gammas(graph, None, residual, keep)))
     return _with_floor(graph, {name: s >= threshold for name, s in scores.items()}, scores)
 
 
 def masks_for_macs(
-    model, example=None, reduction=0.5, residual=False, scores=None, floor=0.0, round_to=1, keep=()
-):
+    model: nn.Module | ChannelGraph,
+    example=None,
+    reduction: float = 0.5,
+    residual: bool = False,
+    scores: Scores | None = None,
+    floor: float = 0.0,
+    round_to: int = 1,
+    keep: Iterable[str] = (),
+) -> Masks:
     """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is gone.
 
-    `reduction`: fraction of the MACs to remove, in (0, 1). `scores`: dict like the masks, the higher the more worth
-    keeping; default |γ|. `floor`: share of its channels that every layer keeps at least; one it keeps in any case.
-    `round_to`: every layer keeps a multiple of so many channels, or all; 8 or 16 suit the vectors of processors.
+    reduction: fraction of the MACs to remove, in (0, 1). scores: dict like the masks, the higher the more worth
+    keeping; default |γ|. floor: share of its channels that every layer keeps at least; one it keeps in any case.
+    round_to: every layer keeps a multiple of so many channels, or all; 8 or 16 suit the vectors of processors.
+    residual: channels that blocks share, too. keep: names of modules to leave alone.
     The result is the smallest cut that reaches the goal; of equal scores the first go, layer by layer in turns.
 
     Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, a floor
-    outside [0, 1), or a round_to below 1.
+    outside [0, 1), a round_to below 1, or scores of unknown BatchNorms.
     """
+    _check_goal(reduction, floor, round_to)
+    graph = as_graph(model, example)
+    layers, free = cost(graph.model, graph.example).layers, gammas(graph, None, residual, keep)
+    for name in scores or ():
+        if name not in graph.norms:
+            raise ValueError(
+                f"scores for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
+            )
+    chosen = _told_apart(free) if scores is None else scores
+    chosen = {name: s for name, s in chosen.items() if scores is None or not keep or name in free}
+    if not chosen:
+        raise ValueError(
+            f"{type(graph.model).__name__} has no prunable BatchNorm; ms.channel_groups says why"
+        )
+    chosen = shared_scores(graph, chosen)
+    ranks = _ranks(graph, chosen)
+
+    def cut(count: int, tell: bool = False) -> Masks:
+        kept = {name: rank > count for name, rank in ranks.items()}
+        return _with_floor(graph, kept, chosen, floor, round_to, tell)
+
+    total, most_dropped = sum(layers.values()), sum(len(rank) for rank in ranks.values())
+    most = 1 - remaining_macs(graph, cut(most_dropped), layers) / total
+    if most < reduction:
+        rounded = f" and multiples of {round_to}" if round_to > 1 else ""
+        further = (
+            scores is None and not residual and len(graph.prunable_norms(True, keep)) > len(chosen)
+        )
+        raise ValueError(
+            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer{rounded} {most:.1%} of the "
+            f"MACs are gone{'; residual=True reaches further' if further else ''}"
+        )
+    goal = (1 - reduction) * total
+    return cut(
+        _smallest(lambda count: remaining_macs(graph, cut(count), layers) <= goal, most_dropped),
+        tell=True,
+    )
+
+
+def masks_for_ratio(
+    model: nn.Module | ChannelGraph,
+    example=None,
+    reduction: float | dict[str, float] = 0.5,
+    scores: Scores | None = None,
+) -> Masks:
+    """Drop the given share of each layer's channels (or weights), those of lowest score.
+
+    reduction: a fraction in [0, 1) for each layer alike; or a dict[module -> fraction], each layer by the innermost
+    module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}. A layer loses ⌈fraction · size⌉, as in the
+    code of Growing Regularization, and keeps at least one.
+    scores: `gammas` (the default), `filter_norms` or `weight_norms` of the model, or any dict like them. Masks of single
+    weights need no example.
+
+    Raises ValueError for a fraction outside [0, 1) or a module without such layers.
+    """
+    each = reduction if isinstance(reduction, dict) else {"": reduction}
+    channels = scores is None or all(s.ndim == 1 for s in scores.values())
+    graph = as_graph(model, example) if channels else None
+    chosen = gammas(graph) if scores is None else scores
+    for prefix, fraction in each.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(
+                f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5"
+            )
+        if not any(_within(name, prefix) for name in chosen):
+            raise ValueError(
+                f"reduction for {prefix!r}: no such layer; there are {', '.join(list(chosen)[:3])} …"
+            )
+    if graph:
+        chosen = shared_scores(graph, chosen)
+    masks = {}
+    for name, s in chosen.items():
+        fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=""), 0)
+        lowest = s.flatten().argsort(stable=True)[
+            : min(math.ceil(fraction * s.numel()), s.numel() - 1)
+        ]
+        masks[name] = (
+            torch.ones(s.numel(), dtype=torch.bool).index_fill(0, lowest, False).reshape(s.shape)
+        )
+    return _with_floor(graph, masks, chosen) if graph else masks
+
+
+def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
+    """What goes, as `graph.dropped` says. ValueError that names the layer where `masks` do not fit the graph's network."""
+    if not isinstance(masks, dict):
+        raise ValueError(
+            f"masks are a {type(masks).__name__}; expected a dict[BatchNorm module name -> bool tensor], such as "
+            "masks_for_macs returns"
+        )
+    for name, mask in masks.items():
+        if name not in graph.norms:
+            raise ValueError(
+                f"mask for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
+            )
+        check_mask(name, mask, len(graph.norms[name]))
+        if not mask.all() and graph.reason(name):
+            raise ValueError(
+                f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}"
+            )
+    drop = graph.dropped(masks)
+    for empty in graph.emptied(drop):
+        raise ValueError(
+            f"the masks keep no channel of {empty!r}; keep at least one, or nothing passes the layer"
+        )
+    return drop
+
+
+def check_mask(name: str, mask: torch.Tensor, channels: int) -> None:
+    """ValueError if `mask`, of the BatchNorm `name`, is not a bool for each of its `channels`, or keeps none of them."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
+    if tuple(mask.shape) != (channels,):
+        raise ValueError(
+            f"mask for {name!r} has shape {list(mask.shape)}; the layer has {channels} channels"
+        )
+    if not mask.any():
+        raise ValueError(
+            f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer"
+        )
+
+
+def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) -> int:
+    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels it keeps."""
+    shares = graph.shares_left(graph.dropped(masks))
+    return round(sum(macs * shares.get(name, 1.0) for name, macs in layers.items()))
+
+
+def _check_goal(reduction: float, floor: float, round_to: int) -> None:
     if not 0 < reduction < 1:
         raise ValueError(
             f"reduction {reduction}: the fraction of MACs to remove lies between 0 and 1, for example 0.5"
@@ -68,171 +201,51 @@ def masks_for_macs(
         )
     if round_to < 1:
         raise ValueError(
-            f"round_to={round_to}: the number of channels that a layer keeps is a multiple of it, for example 8"
+            f"round_to={round_to}: the number of channels that a layer keeps is a multiple of it, such as 8"
         )
-    graph = as_graph(model, example)
-    layers = cost(graph.model, graph.example).layers
-    for name in scores or ():
-        if name not in graph.norms:
-            raise ValueError(
-                f"scores for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
-            )
-    given, scores = scores, _shared_scores(graph, scores or gammas(graph, None, residual))
-    if not scores:
-        raise ValueError(
-            f"{type(model).__name__} has no prunable BatchNorm; ms.channel_groups(model) says why"
+
+
+def _told_apart(found: Scores) -> Scores:
+    """The same |γ|; a log line if they are all alike, as in a network that has not been trained."""
+    values = [float(v) for s in found.values() for v in (s.min(), s.max())]
+    if values and min(values) == max(values) and sum(len(s) for s in found.values()) > 1:
+        log.warning(
+            "every |γ| is %g, so they choose no channel before another; is the network trained?",
+            values[0],
         )
-    turns = torch.cat([torch.arange(len(s)) / len(s) for s in scores.values()]).argsort(stable=True)
+    return found
+
+
+def _ranks(graph: ChannelGraph, scores: Scores) -> Scores:
+    """The place of each channel in the order of scores, from 1, no two alike; of equal scores layer by layer in turns."""
+    sizes = [len(s) for s in scores.values()]
+    turns = torch.cat([torch.arange(n) / n for n in sizes]).argsort(stable=True)
     turns = turns[torch.cat(list(scores.values()))[turns].argsort(stable=True)]
-    ranks = torch.empty(len(turns)).index_copy(
-        0, turns, torch.arange(1.0, len(turns) + 1)
-    )  # no two alike
-    ranks = _shared_scores(graph, dict(zip(scores, ranks.split([len(s) for s in scores.values()]))))
+    ranks = torch.empty(len(turns)).index_copy(0, turns, torch.arange(1.0, len(turns) + 1))
+    return shared_scores(graph, dict(zip(scores, ranks.split(sizes), strict=True)))
 
-    def cut(count, tell=False):
-        return _with_floor(
-            graph,
-            {name: rank > count for name, rank in ranks.items()},
-            scores,
-            floor,
-            round_to,
-            tell,
-        )
 
-    total, low, high = sum(layers.values()), 0, len(turns)
-    most = 1 - remaining_macs(graph, cut(high), layers) / total
-    if most < reduction:
-        rounded = f" and multiples of {round_to}" if round_to > 1 else ""
-        raise ValueError(
-            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer{rounded} {most:.1%} of the MACs are gone"
-            + (
-                "; residual=True reaches further"
-                if given is None and not residual and len(gammas(graph, None, True)) > len(scores)
-                else ""
-            )
-        )
+def _smallest(reached: Callable[[int], bool], most: int) -> int:
+    """The smallest number from 1 to `most` at which the goal is reached; it is at `most`."""
+    low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
-        reached = remaining_macs(graph, cut(middle), layers) <= (1 - reduction) * total
-        low, high = (low, middle) if reached else (middle, high)
-    return cut(high, tell=True)
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
 
 
-def filter_norms(model, example=None, residual=False, keep=()):
-    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like `gammas`.
-
-    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
-    """
-    graph = as_graph(model, example)
-    writer = graph.conv_before
-    names = [n for n in graph.prunable_norms(residual) if n in writer]
-    return {
-        n: graph.modules[writer[n]].weight.detach().abs().float().flatten(1).mean(1).cpu()
-        for n in names
-    }
-
-
-def outgoing_norms(model, example=None, residual=False, keep=()):
-    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those on: dict like `gammas`.
-
-    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of a filter is free, and
-    a filter in a block that adds nothing may have any. (Weights are summed over the kernel, averaged over its outputs.)
-    """
-    graph = as_graph(model, example)
-    total = torch.zeros(len(graph.root))
-    for name, ids in graph.inputs.items():
-        weight = graph.modules[name].weight.detach().abs().float().cpu()
-        size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
-        if name in graph.norm_after:
-            size = size * _passes(graph.modules[graph.norm_after[name]])[:, None]
-        total.index_add_(
-            0,
-            graph.root[ids],
-            size.reshape(len(ids) // size.shape[1], -1, size.shape[1]).sum(1).flatten() / len(size),
-        )
-    return {
-        n: gamma * total[graph.root[graph.norms[n]]]
-        for n, gamma in gammas(graph, None, residual).items()
-    }
-
-
-def weight_norms(model, example=None, scaled=False):
-    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight].
-
-    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions without one are left out).
-    """
-    if scaled:
-        graph = as_graph(model, example)
-        behind = {
-            conv: _passes(graph.modules[norm])[:, None, None, None]
-            for conv, norm in graph.norm_after.items()
-        }
-        return {n: w * behind[n] for n, w in weight_norms(model).items() if n in behind}
-    return {
-        n: m.weight.detach().abs().float().cpu()
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Conv2d)
-    }
-
-
-def _passes(norm):
-    """|γ| / deviation of a BatchNorm: what it multiplies its input by, float [channels]."""
-    return (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()
-
-
-def masks_for_ratio(model, example=None, reduction=0.5, scores=None):
-    """Drop the given share of each layer's channels (or weights), those of lowest score.
-
-    `reduction`: a fraction in [0, 1) for each layer alike; or a dict[module -> fraction], each layer by the innermost
-    module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}. A layer loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
-    `scores`: `gammas`, `filter_norms` or `weight_norms` of the model, or any dict like them. `model`: or its ChannelGraph.
-
-    Raises ValueError for a fraction outside [0, 1) or a module without such layers.
-    """
-    each = reduction if isinstance(reduction, dict) else {"": reduction}
-    for prefix, fraction in each.items():
-        if not 0 <= fraction < 1:
-            raise ValueError(
-                f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5"
-            )
-        if not any(_within(name, prefix) for name in scores):
-            raise ValueError(
-                f"reduction for {prefix!r}: no such layer; there are {', '.join(list(scores)[:3])} …"
-            )
-    channels = all(s.ndim == 1 for s in scores.values())
-    graph = None
-    if channels:
-        graph = as_graph(model, example)
-        scores = _shared_scores(graph, scores)
-    masks = {}
-    for name, s in scores.items():
-        fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=None), 0)
-        order = s.flatten().argsort(stable=True)
-        keep = torch.ones(s.numel(), dtype=torch.bool)
-        keep[order[: min(math.ceil(fraction * s.numel()), s.numel() - 1)]] = False
-        masks[name] = keep.reshape(s.shape)
-    return _with_floor(graph, masks, scores) if graph else masks
-
-
-def _within(name, prefix):
+def _within(name: str, prefix: str) -> bool:
     return not prefix or name == prefix or name.startswith(prefix + ".")
 
 
-def remaining_macs(graph, masks, layers):
-    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels it keeps."""
-    drop = graph.dropped(masks)
-    return round(sum(macs * graph.share_left(name, drop) for name, macs in layers.items()))
-
-
-def _shared_scores(graph, scores):
-    """A channel shared by several BatchNorms is worth as much as the best of them says."""
-    best = torch.full((len(graph.root),), -torch.inf)
-    for name, s in scores.items():
-        best.scatter_reduce_(0, graph.root[graph.norms[name]], s.float(), "amax")
-    return {name: best[graph.root[graph.norms[name]]] for name in scores}
-
-
-def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
+def _with_floor(
+    graph: ChannelGraph,
+    masks: Masks,
+    scores: Scores,
+    floor: float = 0.0,
+    round_to: int = 1,
+    tell: bool = True,
+) -> Masks:
     """Keep the best channels of a layer that would go below the floor, and make the masks say what `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     below = [name for name, keep in masks.items() if keep.sum() < least[name]]
@@ -259,7 +272,7 @@ def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
         drop = graph.dropped(kept)
         for writer in graph.emptied(
             drop
-        ):  # a BatchNorm over several convolutions may keep none of one
+        ):  # a BatchNorm over several layers may keep nothing of one
             ids = graph.outputs[writer]
             drop[graph.root == graph.root[ids[worth[graph.root[ids]].argmax()]]] = False
         kept = {name: ~drop[graph.norms[name]] for name in masks}
@@ -268,122 +281,5 @@ def _with_floor(graph, masks, scores, floor=0.0, round_to=1, tell=True):
         masks = kept
 
 
-def _least(floor):
+def _least(floor: float) -> str:
     return f"{floor:.1%} of the channels" if floor else "one channel"
-
-
-def check_masks(graph, masks):
-    """What goes, as `graph.dropped` says; ValueError that names the layer when `masks` do not fit the network of `graph`."""
-    for name, mask in masks.items():
-        if name not in graph.norms:
-            raise ValueError(
-                f"mask for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
-            )
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
-        if mask.shape != graph.norms[name].shape:
-            raise ValueError(
-                f"mask for {name!r} has shape {list(mask.shape)}; the layer has {len(graph.norms[name])} channels"
-            )
-        if not mask.any():
-            raise ValueError(
-                f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer"
-            )
-        if not mask.all() and graph.reason(name):
-            raise ValueError(
-                f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}"
-            )
-    drop = graph.dropped(masks)
-    empty = graph.emptied(drop)
-    if empty:
-        raise ValueError(
-            f"the masks keep no channel of {empty[0]!r}; keep at least one, or nothing passes the layer"
-        )
-    return drop
-
-
-def fingerprint(masks):
-    """Six hex digits that tell these masks from any others."""
-    digest = hashlib.sha256()
-    for name, mask in masks.items():
-        digest.update(name.encode() + mask.cpu().numpy().tobytes())
-    return digest.hexdigest()[:6]
-
-
-def save_masks(masks, path):
-    write_tensors(path, {name: mask.cpu() for name, mask in masks.items()})
-
-
-def load_masks(path, model=None, example=None, means="keep"):
-    """The masks in a file: of `save_masks`, or, with `model`, in a form of others, checked against the network.
-
-    Such a file is a .json, or a .pt of plain tensors: a dict of layer -> channels. A layer goes by the name of its
-    BatchNorm or of the convolution before it ("module." in front and ".weight" behind are passed over). Its channels are
-    a bool, or a 0 or 1, for each of them, or a list of indices. `means`: what is True or listed is to "keep" or to "drop".
-    A log line tells which channels stay although the masks drop them, as other layers share and keep them.
-
-    Raises ValueError that names the layer, what was found and what was expected.
-    """
-    if means not in ("keep", "drop"):
-        raise ValueError(f"means={means!r}: what the masks list is to 'keep' or to 'drop'")
-    given = read_json(path) if Path(path).suffix == ".json" else read_tensors(path)
-    if model is None:
-        return given
-    if not isinstance(given, dict):
-        raise ValueError(
-            f"{path} holds a {type(given).__name__}; expected a dict of layer -> channels"
-        )
-    graph, masks = as_graph(model, example), {}
-    for key, value in given.items():
-        layer = key.removeprefix("module.").removesuffix(".weight")
-        name = graph.norm_after.get(layer, layer)
-        if name not in graph.norms:
-            hint = nearest(name, [*graph.norms, *graph.norm_after])
-            raise ValueError(
-                f"{path}: {key!r} is no BatchNorm of the network, nor a convolution before one{hint}"
-            )
-        chosen = _chosen(f"{path}: {key!r}", value, len(graph.norms[name]))
-        keep = chosen if means == "keep" else ~chosen
-        if name in masks and not torch.equal(keep, masks[name]):
-            raise ValueError(
-                f"{path}: {key!r} says another thing than an entry before it, of the same channels"
-            )
-        masks[name] = keep
-    drop = check_masks(graph, masks)
-    for name, keep in masks.items():
-        stay = int((~keep & ~drop[graph.norms[name]]).sum())
-        if stay:
-            log.warning(
-                "%s: %d of %d dropped channels stay, as layers that share them keep them",
-                name,
-                stay,
-                int((~keep).sum()),
-            )
-    return masks
-
-
-def _chosen(origin, value, width):
-    """A bool for each of `width` channels, from bools, zeros and ones, or indices."""
-    try:
-        found = torch.as_tensor(value).flatten()
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{origin} is {value!r}; expected a bool, or a 0 or 1, for each channel, or a list of indices"
-        ) from None
-    if (
-        found.dtype == torch.bool
-        or len(found) == width
-        and bool(((found == 0) | (found == 1)).all())
-    ):
-        if len(found) != width:
-            raise ValueError(f"{origin} is for {len(found)} channels; the layer has {width}")
-        return found.bool()
-    if found.is_floating_point() and len(found):
-        raise ValueError(
-            f"{origin} holds {float(found[0]):g}…; expected a bool, or a 0 or 1, for each channel, or a list of indices"
-        )
-    wrong = found[(found < 0) | (found >= width)]
-    if len(wrong):
-        raise ValueError(f"{origin} lists channel {int(wrong[0])}; the layer has 0 to {width - 1}")
-    return torch.zeros(width, dtype=torch.bool).index_fill(0, found.long(), True)

@@ -4,123 +4,175 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..networks import resize
-from .channels import ChannelGraph
+from ..files import reason
+from ..networks import call, sync_widths
+from .channels import ChannelGraph, as_graph
 from .masks import check_masks
+
+# How far the outputs of a cut network may be off, as a share of the largest output.
+REPORT = "please report the network; `keep=` leaves layers whole"
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @torch.no_grad()
-def prune(model, masks, example=None, fold_bias=False):
+def prune(
+    model: nn.Module | ChannelGraph,
+    masks: dict[str, torch.Tensor],
+    example=None,
+    fold_bias: bool = False,
+) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
 
     masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not named keep all
     their channels; channels that several BatchNorms share (a residual stage) go where all of them drop them.
-    The result computes what `zero_masked(model, masks)` computes, up to rounding.
+    example: what the network's forward takes, such as float [N, C, H, W] (left out if `model` is a `ChannelGraph`).
+    The result is compared with `zero_masked(model, masks, example)` on it, in evaluation mode, before it is returned,
+    and has run in training mode.
 
     fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β). With True it goes into
     the BatchNorm (running mean) or the bias behind the next layer, as `zero_masked(…, keep_bias=True)` computes it,
-    exactly but for the padded border of the image, where the next convolution saw zeros instead. Not in the papers.
-    What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
-
-    example: float [N, C, H, W]; when given, the cut (without what is folded) and the masked network run on it, and it is
-    refused if they differ.
+    exactly but for the border of the image, where a convolution that pads with zeros sees these instead. Not in the
+    papers. What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
 
     Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no channel, or ask for
-    channels that cannot be cut safely (with the reason), and for networks that cannot be traced.
+    channels that cannot be cut (with the reason), and for networks that cannot be traced.
     """
-    small = copy.deepcopy(model)
-    graph = ChannelGraph(small)
+    graph = as_graph(model, example)
     drop = check_masks(graph, masks)
+    small = _cut(graph, drop)
+    _verify(graph, small, _silenced(graph, drop, keep_bias=False))
     if fold_bias:
-        _fold(graph, drop)
-    state = small.state_dict()
-    for name, ids in (graph.outputs | graph.slopes | graph.norms).items():
-        _cut(state, name, ("weight", "bias", "running_mean", "running_var"), 0, ~drop[ids])
-    for name, ids in graph.inputs.items():
-        _cut(
-            state, name, ("weight",), 1, ~drop[ids[: state[f"{name}.weight"].shape[1]]]
-        )  # grouped: all groups lose the same
-    for name, (read, written, _) in graph.pads.items():
-        kept = ~drop[read]
-        place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
-        source = state[f"{name}.source"]
-        state[f"{name}.source"] = place.to(source.device)[source[~drop[written].to(source.device)]]
-    resize(small, state)
-    if example is not None:
-        _verify(prune(model, masks) if fold_bias else small, zero_masked(model, masks), example)
+        folded = copy.deepcopy(graph.model)
+        _fold(graph, dict(folded.named_modules()), drop)
+        small = _cut(graph, drop, folded)
     return small
 
 
-def _cut(state, name, keys, dim, keep):
-    if keep.all():
-        return
-    for key in keys:
-        tensor = state.get(f"{name}.{key}")
-        if tensor is not None:
-            index = keep.nonzero().squeeze(1).to(tensor.device)
-            state[f"{name}.{key}"] = tensor.index_select(dim, index)
+def zero_masked(
+    model: nn.Module | ChannelGraph,
+    masks: dict[str, torch.Tensor],
+    example=None,
+    keep_bias: bool = False,
+) -> nn.Module:
+    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
+
+    It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias: zero γ only (and β
+    where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that depends on the image).
+    """
+    graph = as_graph(model, example)
+    return _silenced(graph, check_masks(graph, masks), keep_bias)
 
 
-def _fold(graph, drop):
-    """Carry relu(β) of the dropped channels into what follows each layer that reads them."""
+@torch.no_grad()
+def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
+    zeroed = copy.deepcopy(graph.model)
+    modules = dict(zeroed.named_modules())
+    for name, ids in graph.norms.items():
+        norm, gone = modules[name], drop[ids]
+        if not gone.any():  # also one without γ
+            continue
+        silent = gone & graph.gated[ids] if keep_bias else gone
+        norm.weight[gone.to(norm.weight.device)] = 0
+        norm.bias[silent.to(norm.bias.device)] = 0
+    return zeroed
+
+
+def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
+    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole are copied as they are."""
+    model = graph.model if model is None else model
+    index = {}  # weight -> {axis: places that stay}
+    for (name, axis), ids in graph.notes.slices.items():
+        gone = drop[ids]
+        if gone.any():
+            index.setdefault(name, {})[axis] = (~gone).nonzero().flatten()
+    sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.shortcuts}
+    made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in index and name not in sources:
+            continue
+        smaller = tensor.detach()
+        for axis, places in index.get(name, {}).items():
+            smaller = smaller.index_select(axis, places.to(tensor.device))
+        if name in sources:
+            smaller = sources[name].to(tensor.device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+    small = copy.deepcopy(model, made)
+    for name, ids in graph.notes.depthwise.items():
+        small.get_submodule(name).groups = int((~drop[ids]).sum())
+    return sync_widths(small)
+
+
+def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor) -> None:
+    """Carry the constants of the dropped channels into what follows each layer that reads them; in place."""
     for name, ids in graph.inputs.items():
-        layer, lost = (
-            graph.modules[name],
-            torch.where(drop[ids] & ~graph.gated[ids], graph.constants[name], 0),
-        )
+        layer, gone = modules[name], drop[ids]
+        lost = torch.where(
+            gone & ~graph.gated[ids], graph.notes.constants[name], 0
+        )  # [channels read]
         if not lost.any():
             continue
         groups = getattr(layer, "groups", 1)
         weight = layer.weight.reshape(
             groups, len(layer.weight) // groups, layer.weight.shape[1], -1
         ).sum(3)
-        sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()
+        sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()  # [channels written]
         norm = graph.norm_after.get(name)
         if norm and graph.calls[name] == graph.calls[norm] == 1:
-            graph.modules[norm].running_mean -= sent
+            modules[norm].running_mean -= sent
         elif layer.bias is not None:
             layer.bias += sent
         else:
             layer.bias = nn.Parameter(sent)
-    for name, (read, written, constant) in graph.pads.items():
-        source = graph.modules[name].source.cpu()
+    for name, (read, written, source, constant) in graph.notes.shortcuts.items():
         gone = torch.cat([torch.zeros(1, dtype=torch.bool), drop[read]])[source] & ~drop[written]
-        if gone.any() and name in graph.norm_beside:
-            bias = graph.modules[graph.norm_beside[name]].bias
+        if gone.any() and name in graph.notes.beside:
+            bias = modules[graph.notes.beside[name]].bias
             bias += torch.where(gone & constant.isfinite(), constant, 0).to(bias)
 
 
-@torch.no_grad()
-def zero_masked(model, masks, example=None, keep_bias=False):
-    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
-
-    It computes what `prune(model, masks)` computes, and is how every cut is checked. keep_bias: zero γ only (and β
-    where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that depends on the image).
-    """
-    zeroed = copy.deepcopy(model)
-    graph = ChannelGraph(zeroed)
-    drop = check_masks(graph, masks)
-    for name, ids in graph.norms.items():
-        norm = graph.modules[name]
-        if not drop[ids].any():  # also one without γ
-            continue
-        norm.weight[drop[ids].to(norm.weight.device)] = 0
-        norm.bias[(drop[ids] & (graph.gated[ids] if keep_bias else True)).to(norm.bias.device)] = 0
-    return zeroed
-
-
-def _verify(small, zeroed, example):
-    """Refuse the cut if it computes anything else; both are run in evaluation mode and left in their own."""
-    example = example.to(next(small.parameters()).device)
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        a, b = (copy.deepcopy(network).eval()(example) for network in (small, zeroed))
-    if not b.isfinite().all():
+def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
+    """Refuse a cut that computes anything else on the example, or does not run in training mode."""
+    device = next(small.parameters()).device
+    example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
+    trial = copy.deepcopy(small)
+    found, wanted = _outputs(trial.eval(), example), _outputs(zeroed.eval(), example)
+    if not all(w.isfinite().all() for w in wanted):
         raise ValueError(
-            "the network's outputs on the example are not finite, before any cut: it has diverged; train it with a smaller lr"
+            "the network's outputs on the example are not finite, before any cut: it has diverged; "
+            "train it with a smaller lr"
         )
-    if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max())):
+    for f, w in zip(found, wanted, strict=True):
+        limit = TOLERANCE.get(w.dtype, 0) * float(w.abs().max()) if w.numel() else 0
+        if f.shape != w.shape or (w.numel() and float((f - w).abs().max()) > limit):
+            off = (
+                f"by {(f - w).abs().max():.3g}"
+                if f.shape == w.shape
+                else f"in shape, {list(f.shape)}"
+            )
+            raise ValueError(
+                f"the pruned network differs from the masked one {off} on the example: its forward does "
+                f"something with channels that tracing did not show; {REPORT}"
+            )
+    try:
+        _outputs(trial.train(), example)
+    except Exception as error:
+        try:  # for some BatchNorms a batch of one is too small, cut or not
+            _outputs(copy.deepcopy(graph.model).train(), example)
+        except Exception:
+            return
         raise ValueError(
-            f"the pruned network differs from the masked one by {float((a - b).abs().max()):.3g} on the example: "
-            "its forward does something with channels that tracing did not show; please report the network"
-        )
+            f"the pruned network does not run in training mode: {reason(error)}; {REPORT}"
+        ) from error
+
+
+def _outputs(model: nn.Module, example) -> list[torch.Tensor]:
+    """All tensors that `model` returns for the example, whatever it draws."""
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with (
+        torch.random.fork_rng(devices),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+    ):
+        return [t for t in tree_leaves(call(model, example)) if isinstance(t, torch.Tensor)]

@@ -1,0 +1,124 @@
+"""Importance scores: how much each channel, filter or weight counts; dict[module name -> float tensor], higher = keep."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..networks import unwrap
+from .channels import ChannelGraph, as_graph
+
+Scores = dict[str, torch.Tensor]
+
+
+def gammas(
+    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+) -> Scores:
+    """|γ| of BatchNorms: dict[module name -> float [channels]].
+
+    Without an example, of every BatchNorm that has a γ. With one (or a `ChannelGraph` as the model), of those whose
+    channels can be removed. residual: also of channels that take part in an addition, not only of a block's inner ones.
+    keep: names of modules to leave alone.
+    """
+    if example is None and not isinstance(model, ChannelGraph):
+        norms = [
+            (n, m)
+            for n, m in unwrap(model).named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        return {name: _size(m.weight) for name, m in norms if m.weight is not None}
+    graph = as_graph(model, example)
+    return {
+        name: _size(graph.modules[name].weight) for name in graph.prunable_norms(residual, keep)
+    }
+
+
+def filter_norms(
+    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+) -> Scores:
+    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like `gammas`.
+
+    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
+    """
+    graph = as_graph(model, example)
+    writer, scores = graph.conv_before, {}
+    for name in graph.prunable_norms(residual, keep):
+        if name in writer:
+            scores[name] = by_filter(graph.modules[writer[name]])
+    return scores
+
+
+def outgoing_norms(
+    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+) -> Scores:
+    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those on: dict like `gammas`.
+
+    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of a filter is free, and
+    a filter in a block that adds nothing may have any. (Weights are summed over the kernel, averaged over its outputs.)
+    """
+    graph = as_graph(model, example)
+    total = torch.zeros(len(graph.root))
+    for name, ids in graph.inputs.items():
+        weight = _size(graph.modules[name].weight)
+        if isinstance(
+            graph.modules[name], nn.modules.conv._ConvTransposeNd
+        ):  # [in, out / groups, …]
+            total.index_add_(0, graph.root[ids], weight.flatten(2).sum(2).mean(1))
+            continue
+        size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
+        if name in graph.norm_after:
+            size = size * _passes(graph.modules[graph.norm_after[name]])[:, None]
+        groups = len(ids) // size.shape[1]
+        size = size.reshape(groups, -1, size.shape[1]).sum(1).flatten() / len(
+            size
+        )  # [channels read]
+        total.index_add_(0, graph.root[ids], size)
+    found = gammas(graph, None, residual, keep)
+    return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}
+
+
+def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = False) -> Scores:
+    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight].
+
+    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions without one are left out;
+    needs the example).
+    """
+    modules = (
+        model.modules if isinstance(model, ChannelGraph) else dict(unwrap(model).named_modules())
+    )
+    sizes = {name: _size(m.weight) for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    if not scaled:
+        return sizes
+    graph = as_graph(model, example)
+    behind = {
+        n: _passes(graph.modules[norm])[:, None, None, None] for n, norm in graph.norm_after.items()
+    }
+    return {name: sizes[name] * scale for name, scale in behind.items() if name in sizes}
+
+
+def by_filter(layer: nn.Module) -> torch.Tensor:
+    """Mean |W| of each filter of a convolution or linear layer, float [channels written]."""
+    size = _size(layer.weight)
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return size.flatten(1).mean(1)
+    groups = size.reshape(
+        layer.groups, -1, *size.shape[1:]
+    )  # [groups, in / groups, out / groups, …]
+    return groups.transpose(1, 2).flatten(2).mean(2).flatten()
+
+
+def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:
+    """A channel that several BatchNorms scale is worth what the one says that values it most."""
+    best = torch.full((len(graph.root),), -torch.inf)
+    for name, s in scores.items():
+        best.scatter_reduce_(0, graph.root[graph.norms[name]], s.float(), "amax")
+    return {name: best[graph.root[graph.norms[name]]] for name in scores}
+
+
+def _size(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().abs().float().cpu()
+
+
+def _passes(norm: nn.Module) -> torch.Tensor:
+    """|γ| / deviation of a BatchNorm: what it multiplies its input by, float [channels]."""
+    return (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()
