@@ -1,4 +1,5 @@
-"""Importance scores: how much each channel, filter or weight counts; dict[module name -> float tensor], higher = keep."""
+"""Importance scores: how much each channel, filter or weight counts; dict[module name -> float
+tensor], higher = keep."""
 
 from collections.abc import Iterable
 
@@ -16,9 +17,9 @@ def gammas(
 ) -> Scores:
     """|γ| of BatchNorms: dict[module name -> float [channels]].
 
-    Without an example, of every BatchNorm that has a γ. With one (or a `ChannelGraph` as the model), of those whose
-    channels can be removed. residual: also of channels that take part in an addition, not only of a block's inner ones.
-    keep: names of modules to leave alone.
+    Without an example, of every BatchNorm that has a γ. With one (or a `ChannelGraph` as the
+    model), of those whose channels can be removed. residual: also of channels that take part in an
+    addition, not only of a block's inner ones. keep: names of modules to leave alone.
     """
     if example is None and not isinstance(model, ChannelGraph):
         norms = [
@@ -36,9 +37,11 @@ def gammas(
 def filter_norms(
     model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
 ) -> Scores:
-    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like `gammas`.
+    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like
+    `gammas`.
 
-    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
+    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with
+    many inputs.
     """
     graph = as_graph(model, example)
     writer, scores = graph.conv_before, {}
@@ -51,10 +54,12 @@ def filter_norms(
 def outgoing_norms(
     model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
 ) -> Scores:
-    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those on: dict like `gammas`.
+    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those
+    on: dict like `gammas`.
 
-    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of a filter is free, and
-    a filter in a block that adds nothing may have any. (Weights are summed over the kernel, averaged over its outputs.)
+    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of
+    a filter is free, and a filter in a block that adds nothing may have any. (Weights are summed
+    over the kernel, averaged over its outputs.)
     """
     graph = as_graph(model, example)
     total = torch.zeros(len(graph.root))
@@ -78,10 +83,11 @@ def outgoing_norms(
 
 
 def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = False) -> Scores:
-    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight].
+    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped
+    like its weight].
 
-    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions without one are left out;
-    needs the example).
+    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions
+    without one are left out; needs the example).
     """
     modules = (
         model.modules if isinstance(model, ChannelGraph) else dict(unwrap(model).named_modules())

@@ -25,19 +25,21 @@ def prune(
 ) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
 
-    masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not named keep all
-    their channels; channels that several BatchNorms share (a residual stage) go where all of them drop them.
-    example: what the network's forward takes, such as float [N, C, H, W] (left out if `model` is a `ChannelGraph`).
-    The result is compared with `zero_masked(model, masks, example)` on it, in evaluation mode, before it is returned,
-    and has run in training mode.
+    masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not
+    named keep all their channels; channels that several BatchNorms share (a residual stage) go
+    where all of them drop them. example: what the network's forward takes, such as float [N, C, H,
+    W] (left out if `model` is a `ChannelGraph`). The result is compared with `zero_masked(model,
+    masks, example)` on it, in evaluation mode, before it is returned, and has run in training mode.
 
-    fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β). With True it goes into
-    the BatchNorm (running mean) or the bias behind the next layer, as `zero_masked(…, keep_bias=True)` computes it,
-    exactly but for the border of the image, where a convolution that pads with zeros sees these instead. Not in the
-    papers. What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
+    fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β).
+    With True it goes into the BatchNorm (running mean) or the bias behind the next layer, as
+    `zero_masked(…, keep_bias=True)` computes it, exactly but for the border of the image, where a
+    convolution that pads with zeros sees these instead. Not in the papers. What a gate multiplies
+    (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
 
-    Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no channel, or ask for
-    channels that cannot be cut (with the reason), and for networks that cannot be traced.
+    Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no
+    channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
+    be traced.
     """
     graph = as_graph(model, example)
     drop = check_masks(graph, masks)
@@ -56,10 +58,12 @@ def zero_masked(
     example=None,
     keep_bias: bool = False,
 ) -> nn.Module:
-    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
+    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove
+    are zero.
 
-    It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias: zero γ only (and β
-    where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that depends on the image).
+    It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias:
+    zero γ only (and β where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that
+    depends on the image).
     """
     graph = as_graph(model, example)
     return _silenced(graph, check_masks(graph, masks), keep_bias)
@@ -80,14 +84,16 @@ def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Mo
 
 
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole are copied as they are."""
+    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole
+    are copied as they are."""
     model = graph.model if model is None else model
     index = {}  # weight -> {axis: places that stay}
-    for (name, axis), ids in graph.notes.slices.items():
+    biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
+    for (name, axis), ids in (biases | graph.notes.slices).items():
         gone = drop[ids]
         if gone.any():
             index.setdefault(name, {})[axis] = (~gone).nonzero().flatten()
-    sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.shortcuts}
+    sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.copies}
     made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in index and name not in sources:
@@ -106,7 +112,8 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor) -> None:
-    """Carry the constants of the dropped channels into what follows each layer that reads them; in place."""
+    """Carry the constants of the dropped channels into what follows each layer that reads them; in
+    place."""
     for name, ids in graph.inputs.items():
         layer, gone = modules[name], drop[ids]
         lost = torch.where(
@@ -126,7 +133,7 @@ def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor
             layer.bias += sent
         else:
             layer.bias = nn.Parameter(sent)
-    for name, (read, written, source, constant) in graph.notes.shortcuts.items():
+    for name, (read, written, source, constant) in graph.notes.copies.items():
         gone = torch.cat([torch.zeros(1, dtype=torch.bool), drop[read]])[source] & ~drop[written]
         if gone.any() and name in graph.notes.beside:
             bias = modules[graph.notes.beside[name]].bias
@@ -153,8 +160,8 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
                 else f"in shape, {list(f.shape)}"
             )
             raise ValueError(
-                f"the pruned network differs from the masked one {off} on the example: its forward does "
-                f"something with channels that tracing did not show; {REPORT}"
+                f"the pruned network differs from the masked one {off} on the example: its forward "
+                f"does something with channels that tracing did not show; {REPORT}"
             )
     try:
         _outputs(trial.train(), example)
