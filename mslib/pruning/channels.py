@@ -8,6 +8,7 @@ root go together or stay together.
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,9 +37,9 @@ class ChannelGraph:
     reach, or computes its weights on the way (weight_norm …), with the remedy.
     """
 
-    def __init__(self, model: nn.Module, example):
+    def __init__(self, model: nn.Module, example: Any):
         self.model, self.example = unwrap(model), example
-        self.modules = dict(self.model.named_modules())
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
         _refuse_reparametrized(self.modules)
         _refuse_example(self.model, example)
         self.notes = Notes()
@@ -266,7 +267,10 @@ class ChannelGraph:
         return [name for name, left in lefts if not left]
 
 
-def as_graph(model: nn.Module | ChannelGraph, example=None) -> ChannelGraph:
+Network = nn.Module | ChannelGraph  # a model, to be given with an example, or its graph
+
+
+def as_graph(model: Network, example: Any = None) -> ChannelGraph:
     """The graph of a model and an example; one that was made before is handed through.
 
     Raises ValueError if the example is missing.
@@ -289,11 +293,11 @@ def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
     return kept[ends].diff().tolist()
 
 
-def _without_numbers(x):
+def _without_numbers(x: Any) -> Any:
     return x.to("meta") if isinstance(x, torch.Tensor) else x
 
 
-def _refuse_example(model: nn.Module, example) -> None:
+def _refuse_example(model: nn.Module, example: Any) -> None:
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if kind is None:
         raise ValueError(
@@ -307,7 +311,7 @@ def _refuse_example(model: nn.Module, example) -> None:
             )
 
 
-def _refuse_reparametrized(modules: dict[str, nn.Module]) -> None:
+def _refuse_reparametrized(modules: dict[str, Any]) -> None:
     """A weight that is computed from others before every forward cannot be cut: say what helps."""
     for name, m in modules.items():
         remedy = ""

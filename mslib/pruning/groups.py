@@ -1,13 +1,13 @@
 """The groups of channels that can only be removed together, for people to read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from ..costs import cost
-from .channels import ChannelGraph, as_graph
+from .channels import Network, as_graph
 from .labels import NO_CHANNEL
 
 
@@ -62,7 +62,7 @@ def short(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def channel_groups(model: nn.Module | ChannelGraph, example=None) -> Groups:
+def channel_groups(model: Network, example: Any = None) -> Groups:
     """The `Groups` of `model`, in the order of the network; print them to read which layers move
     together, and why.
 
@@ -70,12 +70,13 @@ def channel_groups(model: nn.Module | ChannelGraph, example=None) -> Groups:
     `ChannelGraph`). Raises ValueError when the network cannot be traced.
     """
     graph = as_graph(model, example)
-    touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    touching: dict[int, tuple[dict, dict, dict]] = {}
     for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
         for name, ids in table.items():
             for root in set(graph.root[ids].tolist()) - {NO_CHANNEL}:
                 touching.setdefault(root, ({}, {}, {}))[place][name] = None
-    members = {}
+    members: dict[tuple, list[int]] = {}
     for root, places in touching.items():
         members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(
             root

@@ -1,8 +1,8 @@
 """What is known of tensors and channels while a network is traced: `Value`, `Weight`, `Notes`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,12 @@ class Value:
         return iter((self.ids, self.dead, self.constant))
 
     @staticmethod
+    def of(labels: Iterable[torch.Tensor], maker: str = "") -> "Value":
+        """From ids, dead and constant."""
+        ids, dead, constant = labels
+        return Value(ids, dead, constant, maker)
+
+    @staticmethod
     def unknown(ids: torch.Tensor, maker: str = "") -> "Value":
         """Channels of which nothing is known but their ids."""
         nothing = torch.full(ids.shape, torch.nan, dtype=torch.float64)
@@ -43,19 +49,19 @@ class Value:
 
     def again(self) -> "Value":
         """The same, of another tensor."""
-        return Value(*self)
+        return Value.of(self)
 
     def map(self, change: Callable) -> list["Value"]:
         """The values that `change` makes of the labels; as many as it returns tensors."""
         made = [change(t) for t in self]
         if isinstance(made[0], torch.Tensor):
-            return [Value(*made)]
-        return [Value(*parts) for parts in zip(*made, strict=True)]
+            return [Value.of(made)]
+        return [Value.of(parts) for parts in zip(*made, strict=True)]
 
     def varies(self, dim: int) -> bool:
         return self.ids.shape[dim] > 1
 
-    def row(self, dim: int, shape) -> Row | None:
+    def row(self, dim: int, shape: torch.Size) -> Row | None:
         """The labels along `dim` of a tensor of this shape; None if other axes matter, too."""
         if any(self.varies(d) for d in range(self.ids.ndim) if d != dim):
             return None
@@ -65,12 +71,12 @@ class Value:
         """A row of channels [C], as the labels of a tensor of `ndim` axes: [1, …, C, …, 1]."""
         shape = [1] * ndim
         shape[dim] = -1
-        return Value(*(t.reshape(shape) for t in self), self.maker)
+        return Value.of((t.reshape(shape) for t in self), self.maker)
 
     def aligned(self, ndim: int) -> "Value":
         """With axes of size 1 in front, as broadcasting adds them."""
         front = (1,) * (ndim - self.ids.ndim)
-        return Value(*(t.reshape(front + tuple(t.shape)) for t in self), self.maker)
+        return Value.of((t.reshape(front + tuple(t.shape)) for t in self), self.maker)
 
     def compact(self, notes: "Notes") -> "Value":
         """The same with size 1 along each axis where the ids do not differ."""
@@ -129,7 +135,7 @@ class Copy(NamedTuple):
     constant: torch.Tensor  # of what it writes
 
 
-def _table():
+def _table() -> Any:
     return field(default_factory=dict)
 
 

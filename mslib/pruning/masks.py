@@ -4,13 +4,13 @@ and how to check one."""
 import logging
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..costs import cost
 from ..files import nearest
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 from .groups import short
 from .scores import Scores, gammas, shared_scores
 
@@ -21,8 +21,8 @@ Masks = dict[str, torch.Tensor]
 
 
 def masks_below(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     threshold: float = 0.01,
     residual: bool = False,
     keep: Iterable[str] = (),
@@ -43,8 +43,8 @@ def masks_below(
 
 
 def masks_for_macs(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     reduction: float = 0.5,
     residual: bool = False,
     scores: Scores | None = None,
@@ -103,8 +103,8 @@ def masks_for_macs(
 
 
 def masks_for_ratio(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     reduction: float | dict[str, float] = 0.5,
     scores: Scores | None = None,
 ) -> Masks:
@@ -119,29 +119,28 @@ def masks_for_ratio(
     Raises ValueError for a fraction outside [0, 1) or a module without such layers.
     """
     each = reduction if isinstance(reduction, dict) else {"": reduction}
-    channels = scores is None or all(s.ndim == 1 for s in scores.values())
-    graph = as_graph(model, example) if channels else None
-    chosen = gammas(graph) if scores is None else scores
+    if scores is None:
+        model = as_graph(model, example)
+        scores = gammas(model)
+    channels = all(s.ndim == 1 for s in scores.values())  # of channels, not of weights
     for prefix, fraction in each.items():
         if not 0 <= fraction < 1:
             raise ValueError(
                 f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5"
             )
-        if not any(_within(name, prefix) for name in chosen):
-            some = ", ".join(list(chosen)[:3])
+        if not any(_within(name, prefix) for name in scores):
+            some = ", ".join(list(scores)[:3])
             raise ValueError(f"reduction for {prefix!r}: no such layer; there are {some} …")
-    if graph:
-        chosen = shared_scores(graph, chosen)
+    graph = as_graph(model, example) if channels else None
+    scores = shared_scores(graph, scores) if graph else scores
     masks = {}
-    for name, s in chosen.items():
+    for name, s in scores.items():
         fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=""), 0)
-        lowest = s.flatten().argsort(stable=True)[
-            : min(math.ceil(fraction * s.numel()), s.numel() - 1)
-        ]
-        masks[name] = (
-            torch.ones(s.numel(), dtype=torch.bool).index_fill(0, lowest, False).reshape(s.shape)
-        )
-    return _with_floor(graph, masks, chosen) if graph else masks
+        count = min(math.ceil(fraction * s.numel()), s.numel() - 1)
+        mask = torch.ones(s.numel(), dtype=torch.bool)
+        mask[s.flatten().argsort(stable=True)[:count]] = False
+        masks[name] = mask.reshape(s.shape)
+    return _with_floor(graph, masks, scores) if graph else masks
 
 
 def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:

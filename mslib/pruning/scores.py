@@ -2,18 +2,22 @@
 tensor], higher = keep."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..networks import unwrap
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 
 Scores = dict[str, torch.Tensor]
 
 
 def gammas(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
     """|γ| of BatchNorms: dict[module name -> float [channels]].
 
@@ -35,7 +39,10 @@ def gammas(
 
 
 def filter_norms(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
     """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like
     `gammas`.
@@ -52,7 +59,10 @@ def filter_norms(
 
 
 def outgoing_norms(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
     """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those
     on: dict like `gammas`.
@@ -82,7 +92,7 @@ def outgoing_norms(
     return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}
 
 
-def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = False) -> Scores:
+def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:
     """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped
     like its weight].
 
@@ -102,7 +112,7 @@ def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = F
     return {name: sizes[name] * scale for name, scale in behind.items() if name in sizes}
 
 
-def by_filter(layer: nn.Module) -> torch.Tensor:
+def by_filter(layer: Any) -> torch.Tensor:
     """Mean |W| of each filter of a convolution or linear layer, float [channels written]."""
     size = _size(layer.weight)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -121,10 +131,10 @@ def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:
     return {name: best[graph.root[graph.norms[name]]] for name in scores}
 
 
-def _size(weight: torch.Tensor) -> torch.Tensor:
+def _size(weight: Any) -> torch.Tensor:
     return weight.detach().abs().float().cpu()
 
 
-def _passes(norm: nn.Module) -> torch.Tensor:
+def _passes(norm: Any) -> torch.Tensor:
     """|γ| / deviation of a BatchNorm: what it multiplies its input by, float [channels]."""
     return (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()

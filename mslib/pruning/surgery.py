@@ -1,6 +1,7 @@
 """Surgery: from a network and a keep-mask to a smaller network that computes the same."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import reason
 from ..networks import call, sync_widths
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
@@ -18,9 +19,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torc
 
 @torch.no_grad()
 def prune(
-    model: nn.Module | ChannelGraph,
+    model: Network,
     masks: dict[str, torch.Tensor],
-    example=None,
+    example: Any = None,
     fold_bias: bool = False,
 ) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
@@ -53,9 +54,9 @@ def prune(
 
 
 def zero_masked(
-    model: nn.Module | ChannelGraph,
+    model: Network,
     masks: dict[str, torch.Tensor],
-    example=None,
+    example: Any = None,
     keep_bias: bool = False,
 ) -> nn.Module:
     """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove
@@ -72,7 +73,7 @@ def zero_masked(
 @torch.no_grad()
 def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
     zeroed = copy.deepcopy(graph.model)
-    modules = dict(zeroed.named_modules())
+    modules: dict[str, Any] = dict(zeroed.named_modules())
     for name, ids in graph.norms.items():
         norm, gone = modules[name], drop[ids]
         if not gone.any():  # also one without γ
@@ -87,7 +88,7 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
     """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole
     are copied as they are."""
     model = graph.model if model is None else model
-    index = {}  # weight -> {axis: places that stay}
+    index: dict[str, dict[int, torch.Tensor]] = {}  # weight -> {axis: places that stay}
     biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
     for (name, axis), ids in (biases | graph.notes.slices).items():
         gone = drop[ids]
@@ -111,7 +112,7 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
     return sync_widths(small)
 
 
-def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor) -> None:
+def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
     """Carry the constants of the dropped channels into what follows each layer that reads them; in
     place."""
     for name, ids in graph.inputs.items():
@@ -175,7 +176,7 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
         ) from error
 
 
-def _outputs(model: nn.Module, example) -> list[torch.Tensor]:
+def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors that `model` returns for the example, whatever it draws."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with (

@@ -116,9 +116,9 @@ class Tracer(TorchDispatchMode):
         if packet is aten.convolution:
             return self._convolution(args, out)
         if packet is aten.mm:
-            return self._linear(None, *args, out)
+            return self._linear(None, args[0], args[1], out)
         if packet is aten.addmm:
-            return self._linear(*args, out)
+            return self._linear(args[0], args[1], args[2], out)
         return packet is aten.native_batch_norm and self._batch_norm(args, out[0])
 
     def _convolution(self, args, out) -> bool:
@@ -274,7 +274,7 @@ class Tracer(TorchDispatchMode):
         else:
             self.notes.join_parts(row.ids, len(row.ids) // r)
             made = [t.reshape(r, -1).T.flatten() for t in row]
-        return self._label(out, Value(*made).along(axis, out.ndim))
+        return self._label(out, Value.of(made).along(axis, out.ndim))
 
     def _cat(self, packet, args, kwargs, out) -> bool:
         """Rows of ids behind one another; what meets along the other axes is joined."""
@@ -292,7 +292,7 @@ class Tracer(TorchDispatchMode):
             shape = (*out.shape[:dim], size, *out.shape[dim + 1 :])
             rows.append(part.map(lambda t, shape=shape: t.expand(shape))[0])
         labels = (torch.cat(columns, dim) for columns in zip(*map(tuple, rows), strict=True))
-        return self._label(out, self.notes.settle(Value(*labels)))
+        return self._label(out, self.notes.settle(Value.of(labels)))
 
     def _value(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor. One without channels lies at places that never go."""
