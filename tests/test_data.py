@@ -15,7 +15,7 @@ from mslib.data.tensors import augment, batches, draw
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """train/ and test/ with two classes; the cache goes to a temporary folder too."""
-    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path / "course")
+    monkeypatch.setattr("mslib.data.sources.data_folder", lambda: tmp_path / "course" / "data")
     images, _ = draw_shapes(40, 12, seed=3)
     for split, n in (("train", 10), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
