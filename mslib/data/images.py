@@ -21,7 +21,8 @@ def decode(file: IO[bytes], name: str) -> Image.Image:
 
     EXIF's orientation is applied, and what is transparent shows white. Of 16 bits a channel the
     upper 8 are kept. CMYK becomes RGB without its colour profile. PNG files are held against their
-    checksums. A JPEG has none: bytes damaged in its middle come out as wrong colours, unnoticed.
+    checksums. Other formats have none: bytes damaged in the middle, of a JPEG for example, often
+    come out as wrong colours, unnoticed.
 
     Raises DataError for every other file: of another format, damaged, with several frames, with
     float or 32-bit pixels, of more than MAX_PIXELS pixels or MAX_BYTES bytes.
