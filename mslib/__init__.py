@@ -9,9 +9,9 @@ Three floors, in the order in which one reads them:
 - `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
 
-They stand on `data` (load_data, load_folder, image_folder, normalize), `networks` (resnet, vgg, network, save, load),
+They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg, network, save, load),
 `costs` (cost, latency) and `exports` (export). Above them, loaded only when asked for: `course` (config, stage,
-require, reference, published, scoreboard, plots).
+require, image_folder, reference, published, scoreboard, plots).
 """
 
 from importlib import import_module

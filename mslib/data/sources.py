@@ -1,6 +1,7 @@
 """Where images come from: the drawn `shapes`, CIFAR, folders and archives."""
 
 import logging
+from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,10 @@ def load_folder(
     used, held = (part.tolist() for part in _hold_out(val, torch.tensor(train.targets), classes))
     # new workers every epoch: what they draw follows from its seed
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    sampler: Any = (
-        DistributedSampler(Subset(train, used), n, rank(), drop_last=True) if n > 1 else None
-    )
-    order: dict[str, Any] = {
-        "sampler": sampler,
-        "shuffle": sampler is None,
-        "drop_last": len(used) >= batch_size,
-    }
+    order: dict[str, Any] = {"shuffle": True, "drop_last": len(used) >= batch_size}
+    if n > 1:
+        each = DistributedSampler(Subset(train, used), n, rank(), drop_last=True)
+        order |= {"shuffle": False, "sampler": each}
     return Data(
         path.name,
         DataLoader(Subset(train, used), batch_size // n, **order, **common),
@@ -203,17 +200,14 @@ def _cifar(name: str, side: int | None) -> tuple[list[str], Split, Split]:
 
 def _images(path: Path, side: int | None) -> tuple[list[str], Split, Split]:
     """Classes, training and test split of a folder or archive; an archive's are kept in a cache."""
-    cache, kept = None, None
-    if path.is_file():  # a folder may change inside without a trace
+    if path.is_file():
         cache = data_folder() / "cache" / f"{digest(file_digest(path), side, RULES)}.pt"
-        kept = _cached(cache)
-    if kept is None:
-        kept = _read(path, side)
-        try:
-            if cache:
+        kept = _cached(cache) or _read(path, side)
+        if not cache.exists():
+            with suppress(OSError, RuntimeError):  # else the next start reads the archive again
                 write_tensors(cache, kept)
-        except OSError as error:  # the next start reads the archive again
-            log.info("%s", error)
+    else:  # a folder may change inside without a trace
+        kept = _read(path, side)
     _say(kept["note"])
     return kept["classes"], Split(*kept["train"]), Split(*kept["test"])
 
@@ -226,9 +220,10 @@ def _cached(cache: Path) -> dict | None:
         train, test = Split(*kept["train"]), Split(*kept["test"])
         Data(kept["note"], train, test, test, kept["classes"])  # checks them
         return kept
-    except Exception as error:
+    except Exception as error:  # whatever it is, the archive is still there
         log.warning("%s is damaged and made anew (%s)", cache, error)
-        cache.unlink(missing_ok=True)
+        with suppress(OSError):
+            cache.unlink()
         return None
 
 
