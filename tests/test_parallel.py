@@ -211,7 +211,7 @@ def test_bad_folders_and_crops_are_named(folder, tmp_path):
         ms.load_folder(folder, crop=8)
     shutil.copytree(folder, tmp_path / "apart")
     (tmp_path / "apart" / "test" / CLASSES[0]).rename(tmp_path / "apart" / "test" / "thing")
-    with pytest.raises(ValueError, match="class '.*' is in train/ but has no image in test/"):
+    with pytest.raises(ValueError, match="class 'thing' is in test/ but has no image in train/"):
         ms.load_folder(tmp_path / "apart")
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere; expected train/<class>"):
         ms.load_folder(tmp_path / "nowhere")

@@ -106,7 +106,7 @@ def load_folder(
     common: dict[str, Any] = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
     order: dict[str, Any] = {"shuffle": True, "drop_last": len(used) >= batch_size}
     if n > 1:
-        each = DistributedSampler(Subset(train, used), n, rank(), drop_last=True)
+        each: Any = DistributedSampler(Subset(train, used), n, rank(), drop_last=True)
         order |= {"shuffle": False, "sampler": each}
     return Data(
         path.name,
