@@ -82,6 +82,8 @@ class Value:
         """The same with size 1 along each axis where the ids do not differ."""
         ids, dead, constant = self
         for dim in range(ids.ndim):
+            if ids.shape[dim] == 1:
+                continue
             first = ids.narrow(dim, 0, 1)
             expanded = ids.stride(dim) == 0
             if not expanded and not torch.equal(

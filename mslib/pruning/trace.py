@@ -218,7 +218,7 @@ class Tracer(TorchDispatchMode):
             return False
         if packet in SHUFFLES:
             return self._shuffle(packet, value, args, out)
-        if func.is_view or packet in MOVES:
+        if (func.is_view and packet is not aten.as_strided) or packet in MOVES:
             return self._move(func, packet, value, args, kwargs, out)
         if packet is aten.constant_pad_nd:
             return self._pad(value, args, kwargs, out)
@@ -302,7 +302,8 @@ class Tracer(TorchDispatchMode):
     def _pointwise(self, func, packet, args, kwargs, out) -> bool:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         labelled = [t for t in tensors if id(t) in self.values]
-        if not labelled or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        alone = not any(isinstance(v, torch.Tensor) for v in kwargs.values())
+        if not (labelled and alone and isinstance(out, torch.Tensor)):
             return False
         known = [self.values[id(t)].aligned(out.ndim) for t in labelled]
         ids, size = known[0].ids, _aligned(labelled[0].shape, out.ndim)
@@ -355,7 +356,7 @@ class Tracer(TorchDispatchMode):
             if id(a) in self.values:
                 value = self.values[id(a)].aligned(ndim)
                 deads.append(value.dead)
-                constants.append(value.constant.clone())
+                constants.append(value.constant)
                 zeros.append(torch.where(value.dead, 0.0, torch.nan).double())
             else:
                 constants.append(self._numbers(a))
@@ -363,7 +364,7 @@ class Tracer(TorchDispatchMode):
                 zeros.append(torch.full_like(constants[-1], torch.nan) if is_tensor else a)
         if packet is aten._to_copy:  # to another type or device
             return deads[0], constants[0]
-        dead, constant = func(*zeros, **kwargs) == 0, func(*constants, **kwargs).double()
+        dead, constant = _apply(func, zeros, kwargs) == 0, _apply(func, constants, kwargs).double()
         for other in deads if packet in PRODUCTS else ():  # zero times anything
             dead = dead | other
         return dead, constant
@@ -415,6 +416,14 @@ class Tracer(TorchDispatchMode):
             left = [d for d in range(ndim) if d not in gone]
             value = value.map(lambda t: t.reshape([t.shape[d] for d in left]))[0]
         return self._label(out, value.again())
+
+
+def _apply(func, operands, kwargs):
+    """A pointwise operation on operands that it may change in place, as large as its result."""
+    sizes = [a.shape for a in operands if isinstance(a, torch.Tensor)]
+    shape = torch.broadcast_shapes(*sizes)
+    whole = [a.expand(shape).clone() if isinstance(a, torch.Tensor) else a for a in operands]
+    return func(*whole, **kwargs)
 
 
 def _run(func, args, kwargs):
