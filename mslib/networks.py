@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .files import read_tensors, write_tensors
 
@@ -332,3 +333,27 @@ def sync_widths(model):
         elif isinstance(m, nn.PReLU):
             m.num_parameters = len(m.weight)
     return model
+
+
+def copied(model, replaced=None):
+    """A deep copy of `model`. `replaced`: id of a tensor -> what stands in its place.
+
+    Tensors that forward computed and kept (`self.last = x`) are copied without their history.
+    """
+    memo = dict(replaced or {})
+    for m in model.modules():
+        for value in vars(m).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def tensors_in(out):
+    """All tensors that a network returned, in dicts, lists, tuples, dataclasses and objects."""
+    found = []
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            found += tensors_in(vars(leaf))
+    return found

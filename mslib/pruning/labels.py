@@ -117,9 +117,11 @@ class Weight:
 
     def view(self, data: torch.Tensor) -> "Weight":
         """The weight that an operation made of this one, with its numbers."""
-        turned = self.data.T if self.data.ndim == 2 else None
-        same = turned is not None and (data.shape, data.stride()) == (turned.shape, turned.stride())
-        return Weight(self.name, data, self.axis, True, same and not self.moved)
+        turned = False
+        if self.data.ndim == 2 and data.ndim > 1 and not any(data.stride()[:-2]):
+            matrix = self.data if self.transposed else self.data.T
+            turned = matrix.shape == data.shape[-2:] and matrix.stride() == data.stride()[-2:]
+        return Weight(self.name, data, self.axis, True, turned)
 
     def numbers(self) -> torch.Tensor:
         """float64, on the CPU; nan where they are not known."""
