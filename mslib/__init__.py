@@ -27,15 +27,14 @@ from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
 from .penalties.growing import GrowingL2
 from .pruning.channels import ChannelGraph
 from .pruning.groups import channel_groups
+from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import (
     filter_norms,
     gammas,
-    load_masks,
     masks_below,
     masks_for_macs,
     masks_for_ratio,
     outgoing_norms,
-    save_masks,
     weight_norms,
 )
 from .pruning.surgery import prune, zero_masked

@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..pruning.channels import ChannelGraph, as_graph
-from ..pruning.masks import check_masks, fingerprint
+from ..pruning.maskfiles import fingerprint
+from ..pruning.masks import check_masks
 from ..training.loop import MOMENTUM, learning_rates
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ..pruning.channels import as_graph
-from ..pruning.masks import check_masks, fingerprint, masks_for_ratio
+from ..pruning.maskfiles import fingerprint
+from ..pruning.masks import check_masks, masks_for_ratio
 from ..training.loop import MOMENTUM
 from .gamma import Penalty
 
