@@ -69,11 +69,13 @@ class ChannelGraph:
             known[id(bare[id(tensor)])] = weights[name]
         model = copied(self.model, bare).eval()
         for name, ids in notes.depthwise.items():  # of a network that is cut
-            model.get_submodule(name).groups = len(ids)
+            layer: Any = model.get_submodule(name)
+            layer.groups = len(ids)
+        sync_widths(model)
         tracer = Tracer(notes, known, self.modules)
         try:
             with torch.no_grad(), tracer:
-                out = call(sync_widths(model), tree_map(without_numbers, self.example))
+                out = call(model, tree_map(without_numbers, self.example))
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "

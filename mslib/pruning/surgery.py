@@ -107,8 +107,10 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
         made[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
     small = copied(model, made)
     for name, ids in graph.notes.depthwise.items():
-        small.get_submodule(name).groups = int((~drop[ids]).sum())
-    return sync_widths(small)
+        layer: Any = small.get_submodule(name)
+        layer.groups = int((~drop[ids]).sum())
+    sync_widths(small)
+    return small
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:

@@ -64,9 +64,11 @@ class Tracer(TorchDispatchMode):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif func._schema.is_mutable and args[0] is not given[0]:  # written to another device
-            self._lose(func, known)
-        elif not self._passes_on(func, func.overloadpacket, args, kwargs, out):
+        elif (
+            func._schema.is_mutable
+            and args[0] is not given[0]
+            or not self._passes_on(func, func.overloadpacket, args, kwargs, out)
+        ):  # written to another device
             self._lose(func, known)
         return out
 
@@ -111,7 +113,7 @@ class Tracer(TorchDispatchMode):
             self.weights[id(out)] = weight.view(func(weight.data, *args[1:], **kwargs))
 
     def _row(self, x: torch.Tensor, layer: str, dim: int = 1) -> Row | None:
-        """The row of channels in axis `dim` that a layer reads; one that is mixed up stays whole."""
+        """The row of channels in axis `dim` that a layer reads; what is mixed up stays whole."""
         value = self.values.get(id(x))
         row = value.row(dim, x.shape) if value else None
         if value and not row:
