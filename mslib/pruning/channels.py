@@ -111,6 +111,10 @@ class ChannelGraph:
         for ids, why in [*notes.kept, never]:
             for root in set(self.root[ids].flatten().tolist()):
                 self.reasons.setdefault(root, why)
+        for name, ids in [*self.outputs.items(), *self.norms.items()]:
+            if len(roots := set(self.root[ids].tolist())) == 1:
+                why = f"all channels of {name} go together, and one must stay"
+                self.reasons.setdefault(roots.pop(), why)
         while stuck := {n: why for n in self.norms if (why := self._partly(n))}:
             for norm, why in stuck.items():
                 self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)

@@ -112,8 +112,13 @@ class Weight:
         return Weight(name, data, long[0] if len(long) == 1 else None)
 
     @property
-    def layer(self) -> str:
+    def module(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def layer(self) -> str:
+        """The module whose `weight` this is; else its own name, as a module may have several."""
+        return self.module if self.name.endswith(".weight") else self.name
 
     def view(self, data: torch.Tensor) -> "Weight":
         """The weight that an operation made of this one, with its numbers."""

@@ -117,12 +117,13 @@ def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> N
     """Carry the constants of the dropped channels into what follows each layer that reads them; in
     place."""
     for name, ids in graph.inputs.items():
-        layer, gone = modules[name], drop[ids]
+        gone = drop[ids]
         lost = torch.where(
             gone & ~graph.gated[ids], graph.notes.constants[name], 0
         )  # [channels read]
         if not lost.any():
             continue
+        layer = modules[name]
         groups = getattr(layer, "groups", 1)
         weight = layer.weight.reshape(
             groups, len(layer.weight) // groups, layer.weight.shape[1], -1

@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -172,7 +173,8 @@ class Tracer(TorchDispatchMode):
             notes.slice(
                 own.name, 1 - transposed, read if transposed else read[: len(read) // groups]
             )
-            notes.read(own.layer, row, constant=not transposed)
+            constant = not transposed and own.layer in self.modules
+            notes.read(own.layer, row, constant)
         elif groups > 1:
             notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
@@ -197,15 +199,16 @@ class Tracer(TorchDispatchMode):
         own = self.weights.get(id(mean if gamma is None else gamma))
         if own is None:
             return False
-        notes, norm, row = self.notes, own.layer, self._row(x, own.layer)
+        notes, norm, row = self.notes, own.module, self._row(x, own.module)
         ids = row.ids if row else notes.begin(norm, x.shape[1])
         if not row:
             notes.keep(ids, f"what {norm} reads cannot be followed")
-        if gamma is None or beta is None or training:
-            notes.keep(ids, f"{norm} has no γ (affine) or no statistics (track_running_stats)")
+        by_function = not isinstance(self.modules.get(norm), _BatchNorm)
+        if gamma is None or beta is None or training or by_function:
+            notes.keep(ids, f"{norm} is no BatchNorm with γ, β and running statistics")
         for weight in (gamma, beta, mean, variance):
             self._slice(weight, ids)
-        if gamma is None or beta is None:
+        if gamma is None or beta is None or by_function:
             return self._label(out, Value.unknown(ids, norm).along(1, out.ndim))
         value = self.values.get(id(x))
         notes.scale(norm, ids, value)
@@ -408,12 +411,13 @@ class Tracer(TorchDispatchMode):
         weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
         if weight is None or not row:
             return False
-        if not isinstance(self.modules.get(weight.layer), PaddedShortcut):
+        shortcut = weight.module
+        if not isinstance(self.modules.get(shortcut), PaddedShortcut):
             return False
         source = weight.data.cpu()
-        ids = self.notes.begin(weight.layer, len(source))
-        made = Value(ids, row.dead[source], row.constant[source], weight.layer)
-        self.notes.copy(weight.layer, row.ids[1:], made, source)
+        ids = self.notes.begin(shortcut, len(source))
+        made = Value(ids, row.dead[source], row.constant[source], shortcut)
+        self.notes.copy(shortcut, row.ids[1:], made, source)
         return self._label(out, made.along(1, out.ndim))
 
     def _mean(self, packet, value: Value, args, out) -> bool:
