@@ -1,4 +1,4 @@
-"""The benchmark runs and writes its table; what it says of speed is for a quiet machine, not for a test."""
+"""The benchmark runs and writes its table. What it says of speed is for a quiet machine."""
 
 import json
 

@@ -36,7 +36,7 @@ def results() -> str:
     early = [len(s.rows) for s in stages if s.lesson[:2] <= "05" and s.metrics["rows"]]
     ends = table.network.str.contains("fine-tuned") & ~table.network.str.startswith("VGG")
     table = table[(table.index < sum(early)) | ends]
-    folder = stages[0].path.parent.relative_to(ROOT).as_posix()
+    folder = f"data/reference/{stages[0].path.parent.name}"
     copies = [f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages]
     hidden = ("image_size", "train_size", "test_size")
     settings = [f"{k} {v}" for k, v in stages[-1].settings.items() if k not in hidden]
@@ -142,7 +142,8 @@ def methods() -> str:
     gap = control.mean() - table[(table.method == "uniform") & (table.reduction == 0.7)].top1.mean()
     lines.append(
         "- **A second control**, trained from scratch with *uniform*'s widths at 70 % less, "
-        f"ends at {control.mean():.2f} ± {control.std():.2f} %. That is {_from(gap)} *uniform* itself "
+        f"ends at {control.mean():.2f} ± {control.std():.2f} %. "
+        f"That is {_from(gap)} *uniform* itself "
         "([table](data/reference/control-cifar10.csv))."
     )
     return "\n".join(lines) + "\n"
@@ -194,9 +195,10 @@ def _markdown(heads: Iterable[str], rows: Iterable[Sequence[str]], numbers: bool
 
 # ---- writing -------------------------------------------------------------------------------------
 
+# section -> what makes it, in README's order
 MADE: dict[str, Callable[[], str]] = {
-    "results": results,
     "findings": findings,
+    "results": results,
     "comparison": comparison,
     "methods": methods,
     "networks": networks,
