@@ -15,7 +15,6 @@ require, image_folder, reference, published, scoreboard, plots).
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 from .costs import cost, latency
 from .data.sources import load_data, load_folder
@@ -34,10 +33,7 @@ from .pruning.surgery import prune, zero_masked
 from .training.loop import evaluate, fit, learning_rates, recalibrate
 from .training.runs import environment
 
-try:
-    __version__ = version("mslib")
-except PackageNotFoundError:  # imported from a folder that is not installed
-    __version__ = "0.2.0"
+__version__ = "0.2.0"
 
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
