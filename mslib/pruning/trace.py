@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
         if gamma is None or beta is None or by_function:
             return self._label(out, Value.unknown(ids, norm).along(1, out.ndim))
         value = self.values.get(id(x))
-        notes.scale(norm, ids, value)
+        notes.scale(norm, ids, None if training or mean is None else value)
         made = Value(ids, ids != NO_CHANNEL, self._numbers(beta).expand(ids.shape), norm)
         return self._label(out, made.along(1, out.ndim))
 
