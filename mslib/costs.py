@@ -153,7 +153,7 @@ def latency(
             run(*args, **kwargs)
         except Exception as error:  # of many kinds, by what is missing
             if not compiled:
-                raise ValueError(misfit(run, example, error)) from error
+                raise ValueError(misfit(model, example, error)) from error
             raise RuntimeError(
                 f"torch.compile cannot compile {type(model).__name__} here: {reason(error)}; "
                 "install g++, or leave compiled=False"
