@@ -84,7 +84,7 @@ def read_tensors(path):
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256, in hex, of the names, types, shapes and bytes of `tensors`, and what is trainable."""
+    """SHA-256 of the names, types, shapes and bytes of `tensors`, and of what is trainable."""
     found = hashlib.sha256()
     for name, t in tensors:
         found.update(f"{name} {t.dtype} {list(t.shape)} {t.requires_grad}\n".encode())

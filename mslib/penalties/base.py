@@ -13,7 +13,7 @@ Masks = dict[str, torch.Tensor]  # layer name -> bool tensor, True = keep
 
 
 class Penalty:
-    """What `fit` does with a penalty beside adding its value. `a + b` is the penalty that does both."""
+    """What `fit` does with a penalty beside adding its value. `a + b` does both."""
 
     def __call__(self) -> torch.Tensor:
         """The value that is added to the cross-entropy, a scalar tensor."""
@@ -38,7 +38,7 @@ class Penalty:
         """Take over what `state_dict` gave."""
 
     def identity(self) -> Any:
-        """What decides the effect, as plain JSON, masks by `digest`; None: no run folder may be used."""
+        """What decides the effect, as plain JSON, masks by `digest`; None: no run folder."""
         return None
 
     def parameters(self) -> Iterable[torch.Tensor]:
@@ -137,7 +137,7 @@ def _has_weight(module):
 
 
 def check_masks(masks: Masks, expected: Masks, kind: str = "layer with a weight") -> None:
-    """ValueError that names the mask which is not bool, not shaped like `expected`, or keeps nothing."""
+    """ValueError for a mask that is not bool, not shaped like `expected`, or keeps nothing."""
     if not isinstance(masks, dict) or not masks:
         raise ValueError(
             f"masks are {masks!r}; expected a dict of layer name -> bool tensor, True = keep"

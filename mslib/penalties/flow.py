@@ -149,7 +149,7 @@ def runs(features: Features) -> list[Features]:
 
 
 def measure(flow: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    """Length and curvature of a stretch: Σ mean|x_{l+1} − x_l|, Σ mean|x_{l+1} − 2x_l + x_{l−1}|."""
+    """Σ mean|x_{l+1} − x_l| and Σ mean|x_{l+1} − 2x_l + x_{l−1}| of one stretch."""
     steps = [b.float() - a.float() for a, b in zip(flow, flow[1:])]
     bends = [b - a for a, b in zip(steps, steps[1:])]
     zero = torch.zeros((), device=flow[0].device)

@@ -13,6 +13,7 @@ from ..pruning.masks import masks_for_ratio
 from ..training.schedules import MOMENTUM
 from .base import Masks, Penalty, check_masks
 
+SETTINGS = "reduction delta every ceiling start enough pick_delta pick_ceiling kept".split()
 STATE = ("factors", "masks", "ratios", "held", "rows", "seen")
 
 
@@ -30,7 +31,7 @@ class GrowingL2(Penalty):
         factor `kept` (0, or -1e-4 as in the released code, to let them recover).
 
     Masks of channels (by BatchNorm name) stand for the filters that write them; masks of weights
-    (by convolution, shaped like its weights) for single weights. `unstructured`: GReg-2 picks those.
+    (by convolution, shaped like its weights) for single weights; `unstructured`: GReg-2 picks them.
     The defaults are the released settings for CIFAR but for `kept`, made for 100,000 iterations: a
     short run needs a larger `delta`, see `pace`.
 
@@ -56,17 +57,8 @@ class GrowingL2(Penalty):
         pick_ceiling: float = 1e-2,
         kept: float = 0.0,
     ):
-        self.settings = {
-            "reduction": reduction,
-            "delta": delta,
-            "every": every,
-            "ceiling": ceiling,
-            "start": start,
-            "enough": enough,
-            "pick_delta": pick_delta,
-            "pick_ceiling": pick_ceiling,
-            "kept": kept,
-        }
+        given = locals()
+        self.settings = {name: given[name] for name in SETTINGS}
         _check(self.settings, masks)
         self.graph, self.masks = as_graph(model, example), masks
         self.weights = _weights(self.graph, masks, unstructured)  # mask name -> parameter
@@ -85,7 +77,7 @@ class GrowingL2(Penalty):
     def pace(
         rates: torch.Tensor, ceiling: float = 1.0, every: int = 10, exponent: float | None = None
     ) -> dict[str, float]:
-        """Settings for a run of learning rates `rates`, float [iterations], too short for the defaults.
+        """Settings for a short run, of learning rates `rates`, float [iterations].
 
         r grows to `ceiling` in 60 % of the run and is held for the rest. `exponent`: for GReg-2,
         which judges in the first third of the growing: there the common factor shrinks a weight
@@ -110,12 +102,8 @@ class GrowingL2(Penalty):
     def __repr__(self):
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
         what = "filters" if all(len(u) == 1 for u in self.units.values()) else "weights"
-        goes = (
-            ""
-            if self.masks is None
-            else f"{sum(int((~m).sum()) for m in self.masks.values())} to go, "
-        )
-        return f"GrowingL2({sum(u.numel() for u in self.units.values())} {what}, {goes}{given})"
+        number = sum(shape.numel() for shape in self.units.values())
+        return f"GrowingL2({number} {what}, {given})"
 
     @property
     def layers(self) -> list[str]:
@@ -216,7 +204,8 @@ class GrowingL2(Penalty):
 def _check(settings, masks):
     if (masks is None) == (settings["reduction"] is None):
         raise ValueError(
-            "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on the way)"
+            "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on "
+            "the way)"
         )
     for name in ("delta", "every", "ceiling", "enough", "pick_delta", "pick_ceiling"):
         if not settings[name] > 0:

@@ -23,9 +23,8 @@ def pick_precision(
 ) -> str:
     """ "bf16" or "fp32". "auto" is bf16 where the device computes in it: GPUs, AVX-512 BF16, AMX.
 
-    One exception: on a CPU, a strided convolution that reads a map of one pixel has rubbish in
-    its bf16 gradients (seen in torch 2.15). Such networks train in fp32.
-    `example`: float [1, C, H, W]. Raises ValueError for another precision.
+    Not on a CPU where a strided convolution reads a map of one pixel: its bf16 gradients hold
+    rubbish (seen in torch 2.15). `example`: float [1, C, H, W]. ValueError for another precision.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f"unknown precision {precision!r}; known: auto, bf16, fp32")
@@ -41,15 +40,11 @@ def pick_precision(
 @torch.no_grad()
 def _strides_over_one_pixel(model, example):
     found, handles, training = [], [], model.training
-
-    def look(_, inputs):
-        found.append(min(inputs[0].shape[2:]) == 1)
-
     for m in model.modules():
         if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
+            look = lambda _, inputs: found.append(min(inputs[0].shape[2:]) == 1)  # noqa: E731
             handles.append(m.register_forward_pre_hook(look))
-    try:
-        # the network itself on the real image: it may branch on what it sees
+    try:  # the network itself on the real image: it may branch on what it sees
         model.eval()(example.to(next(model.parameters()).device))
     finally:
         model.train(training)
@@ -76,8 +71,7 @@ def keep_freed_memory() -> None:
     Else it hands large buffers back and gets them anew, cleared page by page. As it changes the
     whole process, `fit` calls it only where the environment variable MSLIB_KEEP_MEMORY is 1.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
-        if mallopt:
-            mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped on its own
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:  # glibc has it
+        mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped on its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

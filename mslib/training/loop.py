@@ -1,10 +1,10 @@
-"""The only training loop: every lesson's training, with or without a penalty, is a call of `fit`."""
+"""The only training loop: every training, with a penalty or without, is a call of `fit`."""
 
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +16,10 @@ from torch import nn
 from .. import processes as parallel
 from ..data.tensors import Data, Split, batches, steps_per_epoch
 from ..networks import batch_norms
-from .checks import Settings, as_data, check_batch, check_penalty, count_outputs, first_batch
+from .checks import Settings, as_data, check_labels, check_penalty, count_outputs, first_batch
 from .device import keep_freed_memory, pick_device, pick_layout, pick_precision
 from .progress import Progress
-from .runs import Run, identity, opened, penalty_state
+from .runs import identity, opened, penalty_state
 from .schedules import MOMENTUM, learning_rates
 
 Tensor = torch.Tensor
@@ -52,46 +52,44 @@ def fit(
     run: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes
         on from its last epoch and ends, on the CPU, with the same weights, bit for bit.
     frozen_statistics: leave mean and variance of BatchNorms as they are.
-    precision: "bf16" (autocast), "fp32", or "auto": what the device computes in, or the run began in.
-    capture: let torch.compile capture the network's pass, on a GPU as CUDA graphs: worth its
-        minutes of preparation in long trainings. None: if the variable MSLIB_CAPTURE is 1.
+    precision: "bf16" (autocast), "fp32", or "auto": the device's own, or of the run begun before.
+    capture: torch.compile the network's pass, on a GPU as CUDA graphs: worth its minutes of
+        preparation in long trainings. None: if the environment variable MSLIB_CAPTURE is 1.
 
-    Under torchrun each process takes its share of every batch, and all end with the weights of the
-    first. Those are the weights of one process alone for tensors with `frozen_statistics`; else
-    each BatchNorm sees its own share of the batch, and DataLoaders shuffle otherwise than for one.
+    Under torchrun each process takes its share of every batch, and all end with the same weights:
+    those of one process for tensors with `frozen_statistics`; else each BatchNorm sees its own
+    share, and DataLoaders shuffle otherwise than for one.
 
     History: epoch, lr (at its end), loss (cross-entropy on the augmented images), penalty, val_top1
     (percent), gamma_median, gamma_below (share of BatchNorm |γ| < 0.01). A run keeps every |γ| in
     gammas.pt, float16 [epochs + 1, channels], row 0 before training.
-
-    Raises ValueError for what does not fit together, and for a folder of another run; RuntimeError
-    for a folder in use; FloatingPointError when training diverges.
+    Raises ValueError for what does not fit together, or a folder of another run; RuntimeError for a
+    folder in use; FloatingPointError when training diverges.
     """
     settings = Settings(epochs, lr, batch_size, schedule, weight_decay, seed, frozen_statistics)
     held_out = getattr(data, "val", None)  # a DataLoader alone has none
-    data, device = as_data(data), pick_device(device)
-    if isinstance(data.train, Split) and batch_size % parallel.world():
-        raise ValueError(
-            f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; "
-            "take a multiple"
-        )
-    with _own_random_state(device):
+    data, device = as_data(data, batch_size), pick_device(device)
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):  # the caller's generators stay as they are
         x, y = first_batch(data.train)
         outputs = count_outputs(model, x[:1])
-        check_batch(x, y, outputs)
+        check_labels(y, outputs)
         check_penalty(model, penalty)
         computed = pick_precision(precision, device, model, x[:1])
-        capture = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
         training = _Training(model, data.train, held_out, penalty, settings, device, outputs, run)
+        training.capture = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
         parallel.join(device)
         if run is None:
-            return training.go(None, computed, capture)
+            return training.go(None, computed)
         wanted = asdict(settings) | {"precision": computed, "processes": parallel.world()}
         free = ("precision",) if precision == "auto" else ()
         with opened(run, identity(model, data, penalty, wanted), free) as folder:
-            if folder.finished:
-                return training.loaded(folder)
-            return training.go(folder, folder.settings["precision"], capture)
+            if not folder.finished:
+                return training.go(folder, folder.settings["precision"])
+            history = folder.results(model, penalty)
+            model.to(device)
+            training.tell(f"loaded, finished before: {epochs} epochs", history.iloc[-1])
+            return history
 
 
 class _Training:
@@ -106,8 +104,26 @@ class _Training:
         self.rates = rates.tolist()  # float [epochs · steps]
         self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
 
-    def go(self, run: Run | None, precision: str, capture: bool) -> pd.DataFrame:
+    def go(self, run, precision):
         """Train from the first step, or from the newest checkpoint of `run`, to the last."""
+        network, epochs = self._prepare(run, precision), self.settings.epochs
+        writes = run and not parallel.rank()
+        for epoch in range(len(self.history), epochs):
+            began = time.monotonic()
+            self._epoch(network, epoch)
+            self.seconds += time.monotonic() - began
+            if writes:
+                run.save_checkpoint(epoch + 1, self._state())
+            row = self.history[-1]
+            self.tell(f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}", row)
+        self.progress.close()
+        if writes:
+            run.finish(self.model, self._state())
+        parallel.wait()
+        return pd.DataFrame(self.history)
+
+    def _prepare(self, run, precision):
+        """All to its place, back to where an interrupted run was; what stands for the network."""
         if self.device.type == "cpu" and os.environ.get("MSLIB_KEEP_MEMORY") == "1":
             keep_freed_memory()
         self.precision, self.layout = precision, pick_layout(self.model, self.device, precision)
@@ -116,54 +132,29 @@ class _Training:
             split.to(self.device) if isinstance(split, Split) else split
             for split in (self.train, self.val)
         )
+        s = self.settings
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=self.settings.lr,
-            momentum=MOMENTUM,
-            nesterov=True,
-            weight_decay=self.settings.weight_decay,
+            self.model.parameters(), s.lr, MOMENTUM, weight_decay=s.weight_decay, nesterov=True
         )
         if run and (state := run.latest()):
-            self._resume(state)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history, self.gammas = state["history"], list(state["gammas"])
+            self.seconds = state["seconds"]
+            self._ask_penalty("load_state_dict", state["penalty"])
         parallel.wait()  # every process has read where to begin, before the first writes on
         network = parallel.wrap(self.model, self.device)
-        if capture:
-            # it would reuse a graph made without a penalty's hooks, and gives up after 8 networks
-            torch.compiler.reset()
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            network = torch.compile(network, mode=mode)
-        for epoch in range(len(self.history), self.settings.epochs):
-            self._epoch(network, epoch)
-            if run and not parallel.rank():
-                run.save_checkpoint(epoch + 1, self._state())
-            self._tell(epoch)
-        self.progress.close()
-        if run and not parallel.rank():
-            state = penalty_state(self.penalty)
-            run.finish(self.model, state, self.history, torch.stack(self.gammas), self.seconds)
-        parallel.wait()
-        return pd.DataFrame(self.history)
-
-    def loaded(self, run: Run) -> pd.DataFrame:
-        """Give the model what the finished `run` ended with; return its history."""
-        history = run.results(self.model, self.penalty)
-        self.model.to(self.device)
-        top1 = history.val_top1.iloc[-1]
-        self.progress.update(
-            f"finished before, loaded: {len(history)} epochs, held-out top-1 {top1:.2f} %",
-            keep=True,
-        )
-        self.progress.close()
-        return history
-
-    # ---- one epoch
+        if not self.capture:
+            return network
+        # it would reuse a graph made without a penalty's hooks, and gives up after 8 networks
+        torch.compiler.reset()
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return torch.compile(network, mode=mode)
 
     def _epoch(self, network, epoch):
         """Train on every batch once; add a row to the history."""
-        began, s = time.monotonic(), self.settings
-        self._seed(s.seed * 100_003 + epoch)  # an epoch's draws depend on nothing before it
         self.model.train()
-        if s.frozen_statistics:
+        if self.settings.frozen_statistics:
             for m in self.model.modules():
                 m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
         with getattr(self.penalty, "attached", nullcontext)():
@@ -171,11 +162,11 @@ class _Training:
         parallel.agree(self.model)
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         if not finite or not math.isfinite(loss + extra):
+            lr = self.settings.lr
             raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1} at lr={s.lr}; try a smaller lr, such as "
-                f"{s.lr / 4:g}, in a run folder of its own"
+                f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as "
+                f"{lr / 4:g}, in a run folder of its own"
             )
-        top1 = math.nan if self.val is None else evaluate(self.model, self.val, 500, self.precision)
         self.gammas.append(all_gammas(self.model))
         gammas = self.gammas[-1].float()
         self.history.append(
@@ -184,12 +175,13 @@ class _Training:
                 "lr": self.rates[(epoch + 1) * self.steps - 1],
                 "loss": loss,
                 "penalty": extra,
-                "val_top1": top1,
+                "val_top1": math.nan
+                if self.val is None
+                else evaluate(self.model, self.val, precision=self.precision),
                 "gamma_median": float(gammas.median()),
                 "gamma_below": float((gammas < 0.01).float().mean()),
             }
         )
-        self.seconds += time.monotonic() - began
 
     def _steps(self, network, epoch):
         """The steps of one epoch; mean cross-entropy and mean penalty, two floats."""
@@ -201,8 +193,7 @@ class _Training:
                 group["lr"] = rate
             self._ask_penalty("step", iteration)
             self.optimizer.zero_grad()
-            bf16 = self.precision == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss = nn.functional.cross_entropy(network(x), y)
             extra = self.penalty() if self.penalty is not None else torch.zeros_like(loss)
             (loss + extra).backward()
@@ -214,17 +205,20 @@ class _Training:
                 self.progress.update(f"epoch {epoch + 1}/{of}, step {i + 1}/{self.steps}")
         return tuple(float(parallel.mean(t)) / self.steps for t in (total, total_penalty))
 
-    def _batches(self, epoch) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch):
         """This process's share of every training batch, on the device."""
-        seed = self.settings.seed * 100_003 + epoch
-        sampler = getattr(self.train, "sampler", None)
-        if hasattr(sampler, "set_epoch"):  # a DistributedSampler
-            sampler.set_epoch(seed)
-        share = (parallel.rank(), parallel.world())
+        seed = self.settings.seed * 100_003 + epoch  # an epoch draws nothing that others decide
         generator = torch.Generator().manual_seed(seed)
+        # for dropout and DataLoaders; not by torch.manual_seed, which seeds every GPU
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        if hasattr(getattr(self.train, "sampler", None), "set_epoch"):  # a DistributedSampler
+            self.train.sampler.set_epoch(seed)
+        share = (parallel.rank(), parallel.world())
         for x, y in batches(self.train, self.settings.batch_size, generator, share):
             if not isinstance(self.train, Split):
-                check_batch(x, y, self.outputs)
+                check_labels(y, self.outputs)
             layout = self.layout if x.ndim == 4 else torch.preserve_format
             x = x.to(self.device, memory_format=layout, non_blocking=True)
             yield x, y.to(self.device, non_blocking=True)
@@ -233,15 +227,6 @@ class _Training:
         """Call a method of the penalty, if it has it: a plain function has none."""
         if hasattr(self.penalty, name):
             getattr(self.penalty, name)(value)
-
-    def _seed(self, seed):
-        """For what draws in a network or a DataLoader."""
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every GPU
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                torch.cuda.manual_seed(seed)
-
-    # ---- what is kept and told
 
     def _state(self):
         return {
@@ -253,26 +238,10 @@ class _Training:
             "penalty": penalty_state(self.penalty),
         }
 
-    def _resume(self, state):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.history, self.seconds = state["history"], state["seconds"]
-        self.gammas = list(state["gammas"])
-        self._ask_penalty("load_state_dict", state["penalty"])
-
-    def _tell(self, epoch):
-        row = self.history[-1]
-        self.progress.update(
-            f"epoch {epoch + 1}/{self.settings.epochs}, loss {row['loss']:.3f}, "
-            f"held-out top-1 {row['val_top1']:.2f} %, {self.seconds:.0f} s",
-            keep=True,
-        )
-
-
-def _own_random_state(device):
-    """A context at whose end the caller's random generators are as they were."""
-    gpus = [device.index or 0] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices=gpus)
+    def tell(self, text, row):
+        """A line that stays."""
+        top1 = "" if math.isnan(row["val_top1"]) else f", held-out top-1 {row['val_top1']:.2f} %"
+        self.progress.update(f"{text}{top1}, {self.seconds:.0f} s", keep=True)
 
 
 @torch.no_grad()
@@ -286,10 +255,8 @@ def evaluate(
     """
     device, training = next(model.parameters()).device, model.training
     correct = seen = 0
-    if isinstance(split, Split):
-        split = split.to(device)
     model.eval()
-    for x, y in batches(split, batch_size):
+    for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
         seen += len(y)
@@ -313,21 +280,20 @@ def recalibrate(
         `torch.manual_seed(seed)` are taken, `images` // `batch_size` of them.
     Returns `model`.
     """
-    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
         if isinstance(split, Split):
-            few = split.subset(torch.randperm(len(split), generator=generator)[:images]).to(device)
-            generator.manual_seed(seed)
-            loader = batches(few, min(batch_size, len(few)), generator)
+            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+            few = split.subset(order[:images]).to(next(model.parameters()).device)
+            drawn = torch.Generator().manual_seed(seed)
+            loader = batches(few, min(batch_size, len(few)), drawn)
         else:
             loader = itertools.islice(split, max(1, images // batch_size))
-        torch.optim.swa_utils.update_bn(loader, model, device)
+        torch.optim.swa_utils.update_bn(loader, model, next(model.parameters()).device)
     return model
 
 
 def all_gammas(model: nn.Module) -> Tensor:
-    """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
+    """|γ| of every BatchNorm channel, in the order of the modules: float16 [channels]."""
     gammas = [m.weight.detach().abs().flatten() for _, m in batch_norms(model)]
     return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()

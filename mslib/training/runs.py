@@ -1,4 +1,4 @@
-"""The folder of one training: whose run it is, one process at a time, checkpoints, what it measured."""
+"""The folder of one training: whose run it is, one process at a time, checkpoints, results."""
 
 import hashlib
 import itertools
@@ -26,7 +26,7 @@ from ..processes import rank, wait
 log = logging.getLogger("mslib")
 HISTORY = ("epoch", "lr", "loss", "penalty", "val_top1", "gamma_median", "gamma_below")
 CHECKPOINT = {"run", "model", "optimizer", "history", "gammas", "seconds", "penalty"}
-
+ELSEWHERE = "it cannot be told whose run this is: give another folder"
 
 # ---- identity ----------------------------------------------------------------------------------
 
@@ -34,8 +34,8 @@ CHECKPOINT = {"run", "model", "optimizer", "history", "gammas", "seconds", "pena
 def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
     """What decides the outcome of a training, as JSON keeps it.
 
-    The bytes of the starting weights and buffers, the layers of the network, `settings`, the data,
-    the penalty. Not the kind of device: a network made on another rounds otherwise, no more.
+    `settings`, what the penalty and the data are, the layers of the network, and the bytes of its
+    weights and buffers. Not the kind of device: another one rounds otherwise, no more.
     Raises ValueError where data or penalty cannot be told from others.
     """
     remedy = "; without a run folder (run=None) it can be trained all the same"
@@ -49,29 +49,28 @@ def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
         raise ValueError(
             f"these data cannot be told from others: use ms.load_data or ms.load_folder{remedy}"
         )
-    wanted = settings | {"penalty": known, "data": data.fingerprint}
     try:
-        return json.loads(json.dumps(wanted, allow_nan=False)) | _network(model)
+        known = json.loads(json.dumps(known, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
-
-
-def _network(model):
-    """The layers as they print, and every parameter and buffer, by digest."""
     layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
     named = (model.named_parameters, model.named_buffers)
     tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
-    return {"layers": hashlib.sha256(layers).hexdigest(), "weights": digest(tensors)}
+    return settings | {
+        "penalty": known,
+        "data": data.fingerprint,
+        "layers": hashlib.sha256(layers).hexdigest(),
+        "weights": digest(tensors),
+    }
 
 
 def check_settings(folder: Path, have: dict, want: dict) -> None:
-    """ValueError that names each setting in which the run in `folder` differs from the one wanted."""
+    """ValueError that names each setting in which the run in `folder` is another one."""
     unknown, missing = sorted({*have} - {*want}), sorted({*want} - {*have})
     if unknown or missing:
         raise ValueError(
-            f"{folder} was made by another version of mslib: its settings lack "
-            f"{missing or 'nothing'}, and {unknown or 'none'} of them are unknown here; "
-            "give another folder"
+            f"{folder} was made by another version of mslib: of its settings {unknown or 'none'} "
+            f"are unknown here, and {missing or 'none'} are missing; give another folder"
         )
     differ = _differences(have, want)
     if len(differ) == 1 and have.get("weights") != want.get("weights"):
@@ -147,8 +146,7 @@ def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iter
         if not rank():
             run.begin(free)
         wait()  # under torchrun the first process decides for all
-        if rank():
-            run.settings = _read(run.path / "settings.json", dict)
+        run.settings = _read(run.path / "settings.json")
         yield run
 
 
@@ -156,9 +154,8 @@ def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iter
 
 
 class Run:
-    """settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt,
-    gammas.pt, penalty.pt (if the penalty has a state) and history.json, which is written last and
-    marks the run as finished."""
+    """settings.json; while training, the two newest epoch-NNNN.pt; at the end model.pt, gammas.pt,
+    penalty.pt (if the penalty has a state) and history.json, which marks the run as finished."""
 
     def __init__(self, path: str | Path, settings: dict):
         self.path, self.settings = Path(path), settings
@@ -172,18 +169,17 @@ class Run:
         """What every checkpoint of this run carries."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
-    def begin(self, free: tuple[str, ...] = ()) -> None:
+    def begin(self, free: tuple[str, ...]) -> None:
         """Take over the folder: as a new one, or as the one that this very run has begun."""
         file = self.path / "settings.json"
-        if not file.exists():
-            if self.finished or self.checkpoints():
-                raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
+        if file.exists():
+            have = _read(file)
+            own = {name: have[name] for name in free if name in have}
+            check_settings(self.path, have, self.settings | own)
+        elif self.finished or self.checkpoints():
+            raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
+        else:
             write_json(file, self.settings)
-            return
-        have = _read(file, dict)
-        own = {name: have[name] for name in free if name in have}
-        check_settings(self.path, have, self.settings | own)
-        self.settings = have
 
     def checkpoints(self) -> list[Path]:
         """Paths of the checkpoints, newest first."""
@@ -195,30 +191,32 @@ class Run:
             old.unlink()
 
     def latest(self) -> dict | None:
-        """The newest checkpoint that can be read, or None; a damaged one is named and passed over."""
+        """The newest checkpoint that can be read, or None; damaged ones are named, passed over."""
         for path in self.checkpoints():
             try:
                 state = read_tensors(path)
                 if not isinstance(state, dict) or {*state} != CHECKPOINT:
-                    raise ValueError(f"{path} is no checkpoint")
+                    raise ValueError("it is no checkpoint")
             except Exception as error:  # of many kinds, by what is damaged
-                log.warning("%s is passed over for the checkpoint before it, or the start: %s", path, error)
+                log.warning("%s is passed over for the one before, or the start: %s", path, error)
                 continue
             if state["run"] != self.id:
                 raise ValueError(f"{path} is a checkpoint of another run; {ELSEWHERE}")
             return state
         return None
 
-    def finish(self, model: nn.Module, penalty: dict, history: list, gammas: torch.Tensor, seconds):
+    def finish(self, model: nn.Module, state: dict) -> None:
         """Write the results; history.json comes last, and the checkpoints go after it."""
         save(model, self.path / "model.pt")
-        write_tensors(self.path / "gammas.pt", gammas)
-        if penalty:
-            write_tensors(self.path / "penalty.pt", penalty)
-        rows = [{k: None if math.isnan(v) else v for k, v in row.items()} for row in history]
-        write_json(
-            self.path / "history.json", {"epochs": rows, "seconds": round(seconds)} | environment()
-        )
+        write_tensors(self.path / "gammas.pt", state["gammas"])
+        if state["penalty"]:
+            write_tensors(self.path / "penalty.pt", state["penalty"])
+        rows = [
+            row | {"val_top1": None if math.isnan(row["val_top1"]) else row["val_top1"]}
+            for row in state["history"]
+        ]
+        told = {"epochs": rows, "seconds": round(state["seconds"])} | environment()
+        write_json(self.path / "history.json", told)
         for path in self.checkpoints():
             path.unlink()
 
@@ -231,9 +229,6 @@ class Run:
         return history
 
 
-ELSEWHERE = "it cannot be told what it belongs to: give another folder"
-
-
 def penalty_state(penalty: Any) -> dict:
     """What of a penalty, which may be a plain callable or None, changes while training."""
     return penalty.state_dict() if hasattr(penalty, "state_dict") else {}
@@ -242,39 +237,33 @@ def penalty_state(penalty: Any) -> dict:
 def read_history(path: str | Path) -> pd.DataFrame:
     """The history of the finished run in folder `path`, one row an epoch."""
     file = Path(path) / "history.json"
-    rows = _read(file, dict).get("epochs")
-    if not rows or not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        raise ValueError(f"{file} is no history of a run; {ELSEWHERE}")
-    return pd.DataFrame(rows).astype(dict.fromkeys(HISTORY[1:], float))
+    rows = _read(file).get("epochs")
+    try:
+        return pd.DataFrame(rows)[list(HISTORY)].astype(dict.fromkeys(HISTORY[1:], float))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file} is no history of a run; {ELSEWHERE}") from None
 
 
-def _is_row(row):
-    return isinstance(row, dict) and {*HISTORY} <= {*row}
-
-
-def _read(file, kind):
+def _read(file):
     try:
         value = read_json(file)
     except (ValueError, RecursionError):
         value = None
-    if not isinstance(value, kind):
+    if not isinstance(value, dict):
         raise ValueError(f"{file} is damaged; {ELSEWHERE}")
     return value
 
 
 def environment() -> dict[str, Any]:
     """What a figure depends on besides its settings: versions, hardware, date."""
-    gpu = f"{torch.cuda.get_device_name()}, {_cpu()}" if torch.cuda.is_available() else ""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    cpu = found.group(1).strip() if found else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
-        "hardware": gpu or f"{_cpu()}, CPU",
+        "hardware": f"{gpu}, {cpu}" if gpu else f"{cpu}, CPU",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }
-
-
-def _cpu():
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
