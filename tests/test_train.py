@@ -58,7 +58,7 @@ def rate(schedule, t, lr):
     return lr if schedule == "constant" else lr * (1 + math.cos(math.pi * (t - 0.2) / 0.8)) / 2
 
 
-def textbook(model, split, seen, extra, *, epochs, lr, batch_size, schedule, weight_decay, seed):
+def textbook(model, split, seen, more, *, epochs, lr, batch_size, schedule, weight_decay, seed):
     """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; the weights after each step."""
     velocity, steps, t = [0.0 for _ in model.parameters()], len(split) // batch_size, 0
     model.train()
@@ -74,7 +74,7 @@ def textbook(model, split, seen, extra, *, epochs, lr, batch_size, schedule, wei
             images = [shifted(split.images[j], *moves.pop(0)) for j in chosen]
             x = ((torch.stack(images) - 120) / 64).contiguous(memory_format=torch.channels_last)
             loss = nn.functional.cross_entropy(model(x), split.labels[chosen])
-            gradients = torch.autograd.grad(loss + extra(model), list(model.parameters()))
+            gradients = torch.autograd.grad(loss + more(model), list(model.parameters()))
             rise = (t + 1) / (0.2 * epochs * steps)
             warm = schedule == "onecycle" and rise < 1
             eta = lr * rise if warm else rate(schedule, t / (epochs * steps), lr)

@@ -41,7 +41,7 @@ def train(folder, barrier=None):
 
 def start(*words, target=train):
     """Begin it in another process, whose stderr nobody sees."""
-    process = processes.Process(target=quiet, args=(target, *words))
+    process = processes.Process(target=quiet, args=(target, *words), daemon=True)
     process.start()
     return process
 

@@ -95,7 +95,7 @@ class MaskedL1(_GammaL1):
     """
 
     def __init__(self, model: nn.Module, masks: Masks, strength: float, proximal: bool = False):
-        norms = {
+        norms: Masks = {
             name: m.weight
             for name, m in model.named_modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine

@@ -71,7 +71,10 @@ class GrowingL2(Penalty):
         self.factors = {name: torch.zeros(shape) for name, shape in self.units.items()}
         for name, keep in (masks or {}).items():
             self.factors[name][~keep.cpu()] = start
-        self.ratios, self.held, self.rows, self.seen = {}, {}, [], []
+        self.ratios: dict[str, float] = {}  # mask name -> kept over dropped, smoothed
+        self.held: dict[str, bool] = {}
+        self.rows: list[dict] = []
+        self.seen: list[torch.Tensor] = []
 
     @staticmethod
     def pace(

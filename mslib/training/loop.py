@@ -77,15 +77,15 @@ def fit(
         check_penalty(model, penalty)
         computed = pick_precision(precision, device, model, x[:1])
         training = _Training(model, data.train, held_out, penalty, settings, device, outputs, run)
-        training.capture = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
+        asked = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
         parallel.join(device)
         if run is None:
-            return training.go(None, computed)
+            return training.go(None, computed, asked)
         wanted = asdict(settings) | {"precision": computed, "processes": parallel.world()}
         free = ("precision",) if precision == "auto" else ()
         with opened(run, identity(model, data, penalty, wanted), free) as folder:
             if not folder.finished:
-                return training.go(folder, folder.settings["precision"])
+                return training.go(folder, folder.settings["precision"], asked)
             history = folder.results(model, penalty)
             model.to(device)
             training.tell(f"loaded, finished before: {epochs} epochs", history.iloc[-1])
@@ -104,9 +104,9 @@ class _Training:
         self.rates = rates.tolist()  # float [epochs · steps]
         self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
 
-    def go(self, run, precision):
+    def go(self, run, precision, capture):
         """Train from the first step, or from the newest checkpoint of `run`, to the last."""
-        network, epochs = self._prepare(run, precision), self.settings.epochs
+        network, epochs = self._prepare(run, precision, capture), self.settings.epochs
         writes = run and not parallel.rank()
         for epoch in range(len(self.history), epochs):
             began = time.monotonic()
@@ -122,7 +122,7 @@ class _Training:
         parallel.wait()
         return pd.DataFrame(self.history)
 
-    def _prepare(self, run, precision):
+    def _prepare(self, run, precision, capture):
         """All to its place, back to where an interrupted run was; what stands for the network."""
         if self.device.type == "cpu" and os.environ.get("MSLIB_KEEP_MEMORY") == "1":
             keep_freed_memory()
@@ -144,7 +144,7 @@ class _Training:
             self._ask_penalty("load_state_dict", state["penalty"])
         parallel.wait()  # every process has read where to begin, before the first writes on
         network = parallel.wrap(self.model, self.device)
-        if not self.capture:
+        if not capture:
             return network
         # it would reuse a graph made without a penalty's hooks, and gives up after 8 networks
         torch.compiler.reset()
