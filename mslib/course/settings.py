@@ -8,7 +8,7 @@ import torch
 
 from ..data.sources import KNOWN, find_dataset
 from ..files import nearest, relative
-from ..training.loop import SCHEDULES
+from ..training.schedules import SCHEDULES
 
 METHODS = (
     "random",
