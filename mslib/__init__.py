@@ -21,7 +21,7 @@ from .costs import cost, latency
 from .data.sources import image_folder, load_data, load_folder
 from .data.tensors import normalize
 from .exports import export
-from .networks import PaddedShortcut, load, network, resnet, save, vgg
+from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
 from .penalties.growing import GrowingL2
@@ -50,13 +50,13 @@ except PackageNotFoundError:  # imported from a folder that is not installed
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
     "data_of": "stages",
-    "notebook_config": "settings",
     "plots": "plots",
     "published": "results",
     "reference": "results",
     "require": "lessons",
     "scoreboard": "results",
     "stage": "stages",
+    "tables": "results",
 }
 
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "resnet",
     "save",
     "save_masks",
+    "untrained",
     "vgg",
     "weight_norms",
     "zero_masked",
