@@ -4,8 +4,9 @@ The same method has the same colour everywhere. Every function draws in the cour
 leaves the defaults of matplotlib as they are; `style` lends it to the lines of a lesson.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,31 @@ COLORS = {
 }
 
 
-def style() -> AbstractContextManager[None]:
+@contextmanager
+def style() -> Iterator[None]:
     """The course's style for a block of lines: `with ms.plots.style(): …`."""
-    return mpl.rc_context(STYLE)
+    mpl.get_backend()  # chosen now: what a notebook sets up with it must outlast the block
+    with mpl.rc_context(STYLE):
+        yield
 
 
-def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    return mpl.rc_context(STYLE)(draw)  # type: ignore[operator]  # a context decorates, too
+class Drawing(Figure):
+    """A figure that is drawn in the course's style, whenever that is."""
+
+    def draw(self, renderer: Any) -> None:
+        with style():
+            super().draw(renderer)
+
+    def get_tightbbox(self, *args: Any, **kwargs: Any) -> Any:
+        with style():
+            return super().get_tightbbox(*args, **kwargs)
+
+
+def _with_text(figure: Drawing) -> tuple[bytes, dict[str, str]]:
+    """The picture as a notebook shows it, and the words for those who do not see it."""
+    from IPython.core.pylabtools import print_figure
+
+    return print_figure(figure), {"alt": figure.get_suptitle()}
 
 
 def color(name: str) -> Any:
@@ -78,17 +97,21 @@ def color(name: str) -> Any:
     return next((c for key, c in COLORS.items() if key in name.lower()), None)
 
 
-@_styled
+@style()
 def figure(
     title: str, width: float = 8.0, height: float = 3.4, columns: int = 1, **kwargs: Any
 ) -> tuple[Figure, Any]:
     """A figure with `columns` axes and the message `title`; returns (figure, axes)."""
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Drawing, _with_text)
+    looks: dict[str, Any] = dict(layout="constrained", FigureClass=Drawing, **kwargs)
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), **looks)
     fig.suptitle(title, fontsize=12, fontweight="bold")
     return fig, axes
 
 
-@_styled
+@style()
 def images(split: Split, classes: Sequence[str], title: str, each: int = 8) -> None:
     """`each` images of every class, a column a class."""
     rows = [split.images[split.labels == c] for c in range(min(10, len(classes)))]
@@ -102,7 +125,7 @@ def images(split: Split, classes: Sequence[str], title: str, each: int = 8) -> N
     axes.grid(False)
 
 
-@_styled
+@style()
 def curves(
     histories: Mapping[str, pd.DataFrame],
     title: str,
@@ -142,7 +165,7 @@ def keep_flags(model: nn.Module, masks: Mapping[str, Tensor]) -> np.ndarray:
     )
 
 
-@_styled
+@style()
 def gamma_histograms(
     panels: Values,
     title: str,
@@ -174,7 +197,7 @@ def gamma_histograms(
     np.atleast_1d(axes)[-1].legend()
 
 
-@_styled
+@style()
 def gamma_paths(panels: Values, title: str, flags: np.ndarray) -> None:
     """Median and 5–95 % band of |γ| after each epoch, kept and dropped apart.
 
@@ -193,7 +216,7 @@ def gamma_paths(panels: Values, title: str, flags: np.ndarray) -> None:
     np.atleast_1d(axes)[-1].legend()
 
 
-@_styled
+@style()
 def kept_channels(masks: Mapping[str, Tensor], title: str) -> None:
     """How many channels each layer keeps of how many."""
     _, ax = figure(title)
@@ -209,7 +232,7 @@ def kept_channels(masks: Mapping[str, Tensor], title: str) -> None:
     ax.legend()
 
 
-@_styled
+@style()
 def trajectories(flows: Mapping[str, list[list[Tensor]]], title: str) -> None:
     """The way of the first image through each stage, in the plane of its two main directions.
 
@@ -230,7 +253,7 @@ def trajectories(flows: Mapping[str, list[list[Tensor]]], title: str) -> None:
     axes[0].legend()
 
 
-@_styled
+@style()
 def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
     """Horizontal bars of one column, a bar a network."""
     _, ax = figure(title, 8, 0.42 * len(table) + 1.2)
@@ -246,7 +269,7 @@ def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
 MARKS = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}
 
 
-@_styled
+@style()
 def groups(model: nn.Module, example: Tensor, title: str) -> None:
     """Which layers of `model` touch which group of channels: a row a layer, a column a group."""
     found = channel_groups(model, example)
@@ -272,7 +295,7 @@ def groups(model: nn.Module, example: Tensor, title: str) -> None:
     ax.legend(loc="upper right", fontsize=8)
 
 
-@_styled
+@style()
 def lines(
     x: Any,
     ys: Values,
@@ -295,7 +318,7 @@ def lines(
     return ax
 
 
-@_styled
+@style()
 def result(stages: Mapping[str, Results], path: str | Path) -> None:
     """The course in one picture, written to `path`.
 
@@ -325,7 +348,7 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
     plt.close(fig)
 
 
-@_styled
+@style()
 def published(ax: Axes, value: float, text: str) -> None:
     """Mark a published top-1 (percent) by a dotted line."""
     ax.axhline(value, color=COLORS["published"], ls=":")
@@ -344,7 +367,7 @@ def published(ax: Axes, value: float, text: str) -> None:
     )
 
 
-@_styled
+@style()
 def dots(ours: Values, published: Values, title: str, unit: str) -> None:
     """One labelled value a row, best on top: ours in the method's colour, published ones hollow."""
     values = {**ours, **published}

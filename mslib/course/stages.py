@@ -182,7 +182,7 @@ def needs_checkout(what: str) -> None:
     if not checkout():
         raise FileNotFoundError(
             f"{what} needs the course's notebooks, which the installed package does not hold; "
-            "get them by `git clone https://github.com/mslib-course/mslib`, then `make run` in that folder"
+            "get them by `git clone https://github.com/mslib-course/mslib`, and run it in that folder"
         )
 
 
