@@ -6,7 +6,8 @@ Three floors, in the order in which one reads them:
 
 - `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms, outgoing_norms, weight_norms;
   masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune, zero_masked.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up;
+  Penalty is the base class of one's own.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
 
 They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg, network, save, load),
@@ -22,8 +23,9 @@ from .data.sources import load_data, load_folder
 from .data.tensors import Data, Split, normalize
 from .exports import export
 from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
+from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
-from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
+from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
 from .pruning.channels import ChannelGraph
 from .pruning.groups import channel_groups
@@ -39,8 +41,9 @@ from .pruning.masks import (
     weight_norms,
 )
 from .pruning.surgery import prune, zero_masked
-from .training.loop import evaluate, fit, learning_rates, recalibrate
+from .training.loop import evaluate, fit, recalibrate
 from .training.runs import environment
+from .training.schedules import learning_rates
 
 try:
     __version__ = version("mslib")
@@ -69,6 +72,7 @@ __all__ = [
     "HoldZero",
     "MaskedL1",
     "PaddedShortcut",
+    "Penalty",
     "Split",
     "channel_groups",
     "cost",

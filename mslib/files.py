@@ -1,10 +1,12 @@
 """Files that are either whole or absent: written beside, then renamed; read without running pickled code."""
 
 import difflib
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,3 +105,12 @@ def read_tensors(path):
         raise ValueError(
             f"{path} cannot be read: truncated, damaged or not a weights file ({reason})"
         ) from None
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256, in hex, of the names, types, shapes and bytes of `tensors`, and what is trainable."""
+    found = hashlib.sha256()
+    for name, t in tensors:
+        found.update(f"{name} {t.dtype} {list(t.shape)} {t.requires_grad}\n".encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -19,7 +19,8 @@ from mslib.networks import network, resnet
 from mslib.pruning.channels import ChannelGraph
 from mslib.pruning.masks import masks_for_macs
 from mslib.pruning.surgery import prune
-from mslib.training.loop import fit, pick_device, pick_precision
+from mslib.training.device import pick_device, pick_precision
+from mslib.training.loop import fit
 from mslib.training.runs import environment
 
 log = logging.getLogger("mslib")
@@ -175,7 +176,7 @@ def captured(depth, images=50_000, capture=True):
         Split(torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8), torch.arange(images) % 10)
     )
     model, moved, device = resnet(depth), [], pick_device()
-    bf16 = pick_precision("auto", device, model, data) == "bf16"
+    bf16 = pick_precision("auto", device, model, data.example) == "bf16"
     twin = copy.deepcopy(model)
     for m in twin.modules():
         if isinstance(m, nn.Conv2d):

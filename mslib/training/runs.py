@@ -1,95 +1,274 @@
-"""The folder of one training: its settings, checkpoints that survive a crash, and what it measured."""
+"""The folder of one training: whose run it is, one process at a time, checkpoints, what it measured."""
 
+import hashlib
+import itertools
+import json
 import logging
 import math
+import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
+from torch import nn
 
-from ..files import read_json, read_tensors, write_json, write_tensors
+from ..files import digest, read_json, read_tensors, write_json, write_tensors
+from ..networks import load, save
+from ..processes import rank, wait
 
 log = logging.getLogger("mslib")
+HISTORY = ("epoch", "lr", "loss", "penalty", "val_top1", "gamma_median", "gamma_below")
+CHECKPOINT = {"run", "model", "optimizer", "history", "gammas", "seconds", "penalty"}
+
+
+# ---- identity ----------------------------------------------------------------------------------
+
+
+def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
+    """What decides the outcome of a training, as JSON keeps it.
+
+    The bytes of the starting weights and buffers, the layers of the network, `settings`, the data,
+    the penalty. Not the kind of device: a network made on another rounds otherwise, no more.
+    Raises ValueError where data or penalty cannot be told from others.
+    """
+    remedy = "; without a run folder (run=None) it can be trained all the same"
+    known = penalty.identity() if hasattr(penalty, "identity") else None
+    if penalty is not None and known is None:
+        raise ValueError(
+            f"the penalty {penalty!r} cannot be told from others: derive its class from ms.Penalty "
+            f"and give it `identity()`, what decides its effect{remedy}"
+        )
+    if data.fingerprint is None:
+        raise ValueError(
+            f"these data cannot be told from others: use ms.load_data or ms.load_folder{remedy}"
+        )
+    wanted = settings | {"penalty": known, "data": data.fingerprint}
+    try:
+        return json.loads(json.dumps(wanted, allow_nan=False)) | _network(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
+
+
+def _network(model):
+    """The layers as they print, and every parameter and buffer, by digest."""
+    layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
+    named = (model.named_parameters, model.named_buffers)
+    tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
+    return {"layers": hashlib.sha256(layers).hexdigest(), "weights": digest(tensors)}
+
+
+def check_settings(folder: Path, have: dict, want: dict) -> None:
+    """ValueError that names each setting in which the run in `folder` differs from the one wanted."""
+    unknown, missing = sorted({*have} - {*want}), sorted({*want} - {*have})
+    if unknown or missing:
+        raise ValueError(
+            f"{folder} was made by another version of mslib: its settings lack "
+            f"{missing or 'nothing'}, and {unknown or 'none'} of them are unknown here; "
+            "give another folder"
+        )
+    differ = _differences(have, want)
+    if len(differ) == 1 and have.get("weights") != want.get("weights"):
+        raise ValueError(
+            f"{folder} holds a run of a network that began with other weights: {differ[0]}. "
+            "Call torch.manual_seed(…) before the network is made, and do not train it before; "
+            "or give another folder"
+        )
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run made with other settings: {', '.join(differ)}; "
+            "give another folder"
+        )
+
+
+def _differences(have, want, name=""):
+    if isinstance(have, list) and isinstance(want, list):
+        have, want = dict(enumerate(have)), dict(enumerate(want))
+    if not (isinstance(have, dict) and isinstance(want, dict)):
+        return [] if have == want else [f"{name}={_short(have)} (now {_short(want)})"]
+    found = []
+    for key in sorted({*have, *want}):
+        found += _differences(have.get(key), want.get(key), f"{name}.{key}".strip("."))
+    return found
+
+
+def _short(value):
+    text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1…", repr(value))
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+# ---- one process at a time ---------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: str | Path, patience: float = 30.0) -> Iterator[None]:
+    """Hold `folder`, made if need be, for this process alone; the lock ends with the process.
+
+    Raises RuntimeError that names the holder, after `patience` seconds.
+    """
+    folder = Path(folder)
+    lock, holder = FileLock(folder / ".lock"), folder / ".holder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=patience)
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise RuntimeError(
+            f"{folder} is in use by {who}; wait until that has ended, or give another folder"
+        ) from None
+    except OSError as error:
+        lock.release()
+        raise OSError(
+            f"cannot write {folder} ({error.strerror or error}); choose a folder you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iterator["Run"]:
+    """The run folder of `settings`, held for this process unless its run is finished.
+
+    `free`: names of settings for which the run's own value counts.
+    Raises ValueError for a folder of another run, which stays as it is.
+    """
+    run = Run(path, settings)
+    with nullcontext() if rank() or run.finished else locked(run.path):
+        if not rank():
+            run.begin(free)
+        wait()  # under torchrun the first process decides for all
+        if rank():
+            run.settings = _read(run.path / "settings.json", dict)
+        yield run
+
+
+# ---- the folder --------------------------------------------------------------------------------
 
 
 class Run:
-    """A folder with settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt, gammas.pt,
-    penalty.pt (if the penalty has a state) and history.json (written last: it marks the run as finished).
+    """settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt,
+    gammas.pt, penalty.pt (if the penalty has a state) and history.json, which is written last and
+    marks the run as finished."""
 
-    Raises ValueError when the folder was made with other settings; nothing in it is touched then.
-    """
-
-    def __init__(self, path, settings):
-        self.path = Path(path)
-        if (self.path / "settings.json").exists():
-            check_settings(self.path, read_json(self.path / "settings.json"), settings)
-        else:
-            write_json(self.path / "settings.json", settings)
+    def __init__(self, path: str | Path, settings: dict):
+        self.path, self.settings = Path(path), settings
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return (self.path / "history.json").exists()
 
-    def checkpoints(self):
+    @property
+    def id(self) -> str:
+        """What every checkpoint of this run carries."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def begin(self, free: tuple[str, ...] = ()) -> None:
+        """Take over the folder: as a new one, or as the one that this very run has begun."""
+        file = self.path / "settings.json"
+        if not file.exists():
+            if self.finished or self.checkpoints():
+                raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
+            write_json(file, self.settings)
+            return
+        have = _read(file, dict)
+        own = {name: have[name] for name in free if name in have}
+        check_settings(self.path, have, self.settings | own)
+        self.settings = have
+
+    def checkpoints(self) -> list[Path]:
         """Paths of the checkpoints, newest first."""
         return sorted(self.path.glob("epoch-*.pt"), reverse=True)
 
-    def save_checkpoint(self, epoch, state):
-        write_tensors(self.path / f"epoch-{epoch:04d}.pt", state)
+    def save_checkpoint(self, epoch: int, state: dict) -> None:
+        write_tensors(self.path / f"epoch-{epoch:04d}.pt", state | {"run": self.id})
         for old in self.checkpoints()[2:]:
             old.unlink()
 
-    def latest(self):
+    def latest(self) -> dict | None:
         """The newest checkpoint that can be read, or None; a damaged one is named and passed over."""
         for path in self.checkpoints():
             try:
-                return read_tensors(path)
-            except ValueError as error:
-                log.warning("%s; using the checkpoint before it", error)
+                state = read_tensors(path)
+                if not isinstance(state, dict) or {*state} != CHECKPOINT:
+                    raise ValueError(f"{path} is no checkpoint")
+            except Exception as error:  # of many kinds, by what is damaged
+                log.warning("%s is passed over for the checkpoint before it, or the start: %s", path, error)
+                continue
+            if state["run"] != self.id:
+                raise ValueError(f"{path} is a checkpoint of another run; {ELSEWHERE}")
+            return state
         return None
 
-    def finish(self, history, seconds):
+    def finish(self, model: nn.Module, penalty: dict, history: list, gammas: torch.Tensor, seconds):
+        """Write the results; history.json comes last, and the checkpoints go after it."""
+        save(model, self.path / "model.pt")
+        write_tensors(self.path / "gammas.pt", gammas)
+        if penalty:
+            write_tensors(self.path / "penalty.pt", penalty)
+        rows = [{k: None if math.isnan(v) else v for k, v in row.items()} for row in history]
         write_json(
-            self.path / "history.json",
-            {"epochs": history, "seconds": round(seconds)} | environment(),
+            self.path / "history.json", {"epochs": rows, "seconds": round(seconds)} | environment()
         )
         for path in self.checkpoints():
             path.unlink()
 
+    def results(self, model: nn.Module, penalty: Any) -> pd.DataFrame:
+        """Give `model` and `penalty` what the finished run ended with; return its history."""
+        history = read_history(self.path)
+        load(self.path / "model.pt", model)
+        if penalty_state(penalty):
+            penalty.load_state_dict(read_tensors(self.path / "penalty.pt"))
+        return history
 
-def read_history(path):
+
+ELSEWHERE = "it cannot be told what it belongs to: give another folder"
+
+
+def penalty_state(penalty: Any) -> dict:
+    """What of a penalty, which may be a plain callable or None, changes while training."""
+    return penalty.state_dict() if hasattr(penalty, "state_dict") else {}
+
+
+def read_history(path: str | Path) -> pd.DataFrame:
     """The history of the finished run in folder `path`, one row an epoch."""
-    return pd.DataFrame(read_json(Path(path) / "history.json")["epochs"])
+    file = Path(path) / "history.json"
+    rows = _read(file, dict).get("epochs")
+    if not rows or not isinstance(rows, list) or not all(_is_row(row) for row in rows):
+        raise ValueError(f"{file} is no history of a run; {ELSEWHERE}")
+    return pd.DataFrame(rows).astype(dict.fromkeys(HISTORY[1:], float))
 
 
-def check_settings(folder, have, want):
-    """ValueError that names each setting in which the folder's run differs from the one wanted."""
-    differ = [k for k in sorted({*have, *want}) if not _same(have.get(k), want.get(k))]
-    if differ:
-        values = ", ".join(f"{k}={have.get(k)!r} (now {want.get(k)!r})" for k in differ)
-        raise ValueError(
-            f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one"
-        )
+def _is_row(row):
+    return isinstance(row, dict) and {*HISTORY} <= {*row}
 
 
-def _same(a, b):
-    """Equal, numbers up to 1e-5 of themselves (a drawn weight may differ in its last bit between machines)."""
-    return (
-        a == b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
-    )
+def _read(file, kind):
+    try:
+        value = read_json(file)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise ValueError(f"{file} is damaged; {ELSEWHERE}")
+    return value
 
 
-def environment():
+def environment() -> dict[str, Any]:
     """What a figure depends on besides its settings: versions, hardware, date."""
+    gpu = f"{torch.cuda.get_device_name()}, {_cpu()}" if torch.cuda.is_available() else ""
     return {
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
-        "hardware": f"{torch.cuda.get_device_name()}, {_cpu()}"
-        if torch.cuda.is_available()
-        else f"{_cpu()}, CPU",
+        "hardware": gpu or f"{_cpu()}, CPU",
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }
