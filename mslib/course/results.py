@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import ROOT, read_json
+from ..files import ROOT, is_checkout, read_json
 from .settings import Config
-from .stages import NEEDS, Results, checkout, needs_checkout, stage
+from .stages import NEEDS, Results, needs_checkout, stage
 
 
 def tables() -> Path:
     """Where the tables of the course lie: data/ of a checkout, or a folder inside the package."""
-    return ROOT / "data" if checkout() else Path(__file__).with_name("tables")
+    return ROOT / "data" if is_checkout() else Path(__file__).with_name("tables")
 
 
 def reference(name: str = "resnet56-cifar10") -> dict[str, Results]:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from ..data.sources import KNOWN
-from ..files import ROOT, nearest
+from ..data.sources import KNOWN, find_dataset
+from ..files import nearest
 
 Schedule = Literal["onecycle", "step", "constant"]
 Method = Literal[
@@ -244,7 +244,9 @@ def config(preset: str = "auto", **overrides: Any) -> Config:
             raise ValueError(f"unknown setting {name!r}" + nearest(name, [*SETTINGS, "runs"]))
     given = {name: value for name, value in overrides.items() if value is not None}
     if given.get("dataset") not in (None, *KNOWN) and isinstance(given["dataset"], str | Path):
-        given["dataset"] = _find(given["dataset"])
+        given["dataset"] = os.path.abspath(
+            find_dataset(given["dataset"])
+        )  # means one thing anywhere
     try:
         return Config(preset=preset, **PRESETS[preset] | given)
     except ValidationError as error:
@@ -260,25 +262,6 @@ def _on_a_gpu() -> bool:
 def _told(field: FieldInfo) -> dict[str, Any]:
     assert isinstance(field.json_schema_extra, dict)
     return field.json_schema_extra
-
-
-def _find(dataset: str | Path) -> str:
-    """The whole path of a folder or archive, given from the working folder or the course's folder.
-
-    A notebook works in notebooks/, the command line anywhere: a path that means two is refused.
-    """
-    near = [base / Path(dataset).expanduser() for base in (Path.cwd(), ROOT)]
-    found = list(dict.fromkeys(os.path.abspath(path) for path in near if path.exists()))
-    if len(found) == 2 and not os.path.samefile(*found):
-        raise ValueError(
-            f"dataset={str(dataset)!r} may be {found[0]} or {found[1]}; give the whole path of one"
-        )
-    if not found:
-        raise FileNotFoundError(
-            f"dataset {str(dataset)!r} is none of {', '.join(KNOWN)}, and there is no such folder "
-            "or archive; expected train/<class>/* and test/<class>/* in a folder, .tar.gz or .zip"
-        )
-    return found[0]
 
 
 def _explain(error: Any) -> str:

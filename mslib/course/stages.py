@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from ..costs import cost
-from ..data import sources
-from ..data.sources import KNOWN, load_data
+from ..data.sources import KNOWN, dataset_identity, load_data
 from ..data.tensors import Data
-from ..files import ROOT, read_json, read_tensors, write_json
+from ..files import ROOT, is_checkout, read_json, read_tensors, write_json
 from ..networks import load
 from ..pruning.masks import load_masks
 from ..training.loop import evaluate
@@ -148,7 +147,7 @@ def stage(lesson: str, cfg: Config) -> Stage:
     settings, usual = cfg.up_to(number), config(cfg.preset).up_to(number)
     changed = [f"{k}={v}" for k, v in settings.items() if v != usual.get(k)]
     if settings:
-        settings["images"] = identity(cfg)
+        settings["images"] = dataset_identity(cfg.dataset, cfg.image_size)
     if cfg.dataset not in KNOWN and settings:
         changed.append(f"images={settings['images']}")  # two folders may have one name
     name = ",".join([lesson, *changed])
@@ -169,44 +168,21 @@ def stage(lesson: str, cfg: Config) -> Stage:
 
 def home() -> Path:
     """Where runs/ lies: the checkout of the course, or, without one, the working folder."""
-    return ROOT if checkout() else Path.cwd()
-
-
-def checkout() -> bool:
-    """Whether the lessons lie beside the library."""
-    return (ROOT / "notebooks" / "01_baseline.ipynb").is_file()
+    return ROOT if is_checkout() else Path.cwd()
 
 
 def needs_checkout(what: str) -> None:
     """FileNotFoundError that says how to get the lessons, where they are not."""
-    if not checkout():
+    if not is_checkout():
         raise FileNotFoundError(
             f"{what} needs the course's notebooks, which the installed package does not hold; "
-            "get them by `git clone https://github.com/mslib-course/mslib`, and run it in that folder"
+            "get them by `git clone https://github.com/mslib-course/mslib`, and run this there"
         )
 
 
 def data_of(cfg: Config) -> Data:
     """The images of a configuration."""
     return load_data(cfg.dataset, cfg.val, cfg.image_size, (cfg.train_size, cfg.test_size))
-
-
-def identity(cfg: Config) -> str:
-    """A few letters that tell the images of `cfg` by their content, not by their name."""
-    if hasattr(sources, "dataset_identity"):
-        return sources.dataset_identity(cfg.dataset, cfg.image_size)
-    return _identity(cfg.dataset)
-
-
-def _identity(dataset: str) -> str:
-    """Stands in until `data.sources.dataset_identity` is here: names and bytes."""
-    if dataset in KNOWN:
-        return dataset
-    path, digest = Path(dataset), hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.relative_to(path.parent)} ".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _misshapen(metrics: Any) -> str | None:
