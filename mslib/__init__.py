@@ -21,7 +21,7 @@ from .costs import cost, latency
 from .data.sources import load_data, load_folder
 from .data.tensors import Data, Split, normalize
 from .exports import export
-from .networks import PaddedShortcut, load, network, resnet, save, vgg
+from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
@@ -42,13 +42,13 @@ _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
     "data_of": "stages",
     "image_folder": "images",
-    "notebook_config": "settings",
     "plots": "plots",
     "published": "results",
     "reference": "results",
     "require": "lessons",
     "scoreboard": "results",
     "stage": "stages",
+    "tables": "results",
 }
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "resnet",
     "save",
     "save_masks",
+    "untrained",
     "vgg",
     "weight_norms",
     "zero_masked",
