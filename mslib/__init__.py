@@ -4,18 +4,21 @@
 
 Three floors, in the order in which one reads them:
 
-- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms, outgoing_norms, weight_norms;
-  masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune, zero_masked.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up;
-  Penalty is the base class of one's own.
-- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
+- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
+  outgoing_norms, weight_norms; masks_below, masks_for_macs, masks_for_ratio, save_masks,
+  load_masks; prune, zero_masked.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
+  add up; Penalty is the base class of one's own.
+- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
 
-They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg, network, save, load),
-`costs` (cost, latency) and `exports` (export). Above them, loaded only when asked for: `course` (config, stage,
-require, image_folder, reference, published, scoreboard, plots).
+They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
+network, untrained, save, load), `costs` (cost, latency) and `exports` (export). Above them, loaded
+only when asked for, is the `course` (config, stage, require, data_of, image_folder, reference,
+published, scoreboard, tables, plots).
 """
 
 from importlib import import_module
+from typing import Any
 
 from .costs import cost, latency
 from .data.sources import load_data, load_folder
@@ -97,8 +100,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """The names of the course load their module, and with it matplotlib and seaborn, when they are first used."""
+def __getattr__(name: str) -> Any:
+    """Names of the course load their module, and with it matplotlib, when they are first used."""
     if name not in _COURSE:
         raise AttributeError(f"module 'mslib' has no attribute {name!r}")
     module = import_module(f".course.{_COURSE[name]}", __name__)

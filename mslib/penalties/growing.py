@@ -76,7 +76,7 @@ class GrowingL2(Penalty):
         for name, w in self.weights.items():
             single = unstructured or masks is not None and masks[name].ndim > 1
             self.units[name] = w.shape if single else w.shape[:1]
-        if masks is None:  # refuses a bad reduction now, not in an hour
+        if reduction is not None:  # refuses a bad reduction now, not in an hour
             masks_for_ratio(self.graph, None, reduction, self.scores())
         self.factors = {name: torch.zeros(shape) for name, shape in self.units.items()}
         for name, keep in (masks or {}).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import processes as parallel
 from ..data.tensors import Data, Split, batches, steps_per_epoch
@@ -21,8 +21,6 @@ from .device import keep_freed_memory, pick_device, pick_layout, pick_precision
 from .progress import Progress
 from .runs import identity, opened, penalty_state
 from .schedules import MOMENTUM, learning_rates
-
-Tensor = torch.Tensor
 
 
 def fit(
