@@ -13,7 +13,17 @@ from ..pruning.masks import masks_for_ratio
 from ..training.schedules import MOMENTUM
 from .base import Masks, Penalty, check_masks
 
-SETTINGS = "reduction delta every ceiling start enough pick_delta pick_ceiling kept".split()
+SETTINGS = [
+    "reduction",
+    "delta",
+    "every",
+    "ceiling",
+    "start",
+    "enough",
+    "pick_delta",
+    "pick_ceiling",
+    "kept",
+]
 STATE = ("factors", "masks", "ratios", "held", "rows", "seen")
 
 
