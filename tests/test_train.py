@@ -59,7 +59,7 @@ def rate(schedule, t, lr):
 
 
 def textbook(net, split, seen, more, *, epochs, lr, batch_size, schedule, weight_decay, seed):
-    """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; the weights after each step."""
+    """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; notes the weights."""
     velocity, steps, t = [0.0 for _ in net.parameters()], len(split) // batch_size, 0
     net.train()
     for epoch in range(epochs):
