@@ -58,10 +58,10 @@ def rate(schedule, t, lr):
     return lr if schedule == "constant" else lr * (1 + math.cos(math.pi * (t - 0.2) / 0.8)) / 2
 
 
-def textbook(model, split, seen, more, *, epochs, lr, batch_size, schedule, weight_decay, seed):
-    """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; the weights after each step."""
-    velocity, steps, t = [0.0 for _ in model.parameters()], len(split) // batch_size, 0
-    model.train()
+def textbook(net, split, seen, more, *, epochs, lr, batch_size, schedule, weight_decay, seed):
+    """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; notes the weights."""
+    velocity, steps, t = [0.0 for _ in net.parameters()], len(split) // batch_size, 0
+    net.train()
     for epoch in range(epochs):
         lot = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order, moves = torch.randperm(len(split), generator=lot), []
@@ -73,18 +73,18 @@ def textbook(model, split, seen, more, *, epochs, lr, batch_size, schedule, weig
             chosen = order[i * batch_size : (i + 1) * batch_size]
             images = [shifted(split.images[j], *moves.pop(0)) for j in chosen]
             x = ((torch.stack(images) - 120) / 64).contiguous(memory_format=torch.channels_last)
-            loss = nn.functional.cross_entropy(model(x), split.labels[chosen])
-            gradients = torch.autograd.grad(loss + more(model), list(model.parameters()))
+            loss = nn.functional.cross_entropy(net(x), split.labels[chosen])
+            gradients = torch.autograd.grad(loss + more(net), list(net.parameters()))
             rise = (t + 1) / (0.2 * epochs * steps)
             warm = schedule == "onecycle" and rise < 1
             eta = lr * rise if warm else rate(schedule, t / (epochs * steps), lr)
             with torch.no_grad():
-                for k, (p, g) in enumerate(zip(model.parameters(), gradients)):
+                for k, (p, g) in enumerate(zip(net.parameters(), gradients)):
                     g = g + weight_decay * p
                     velocity[k] = 0.9 * velocity[k] + g
                     p -= eta * (g + 0.9 * velocity[k])
             t += 1
-            seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            seen.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
 
 
 class Watch(ms.Penalty):
@@ -194,9 +194,9 @@ def test_a_folder_in_use_is_refused_and_a_killed_holder_blocks_nobody(tmp_path):
     held = trainings.processes.Event()
     holder = trainings.start(tmp_path / "run", held, target=trainings.hold)
     assert held.wait(60)
-    with pytest.raises(RuntimeError, match=f"run is in use by process {holder.pid} on .*another"):
-        with locked(tmp_path / "run", patience=0.1):
-            pass
+    said = f"run is in use by process {holder.pid} on .*another"
+    with pytest.raises(RuntimeError, match=said), locked(tmp_path / "run", patience=0.1):
+        pass
     holder.kill()
     holder.join()
     ms.fit(small(), tiny_data(), **FAST, run=tmp_path / "run")
