@@ -1,4 +1,4 @@
-"""One small network for each thing that networks do with channels: cut exactly, left whole with the reason, or refused."""
+"""A small network for each thing that networks do with channels: cut exactly, whole, or refused."""
 
 import random
 from collections import OrderedDict, namedtuple
@@ -24,7 +24,7 @@ def head(width, out=3):
 
 
 def stem_and(forward, **parts):
-    """A convolution of 8 channels with BatchNorm and ReLU, then what `forward(net, x)` makes of them."""
+    """Convolution, BatchNorm and ReLU with 8 channels; then `forward(net, x)` goes on."""
     return Net(lambda net, x: forward(net, net.stem(x)), stem=cbr(3, 8), **parts)
 
 
@@ -40,7 +40,7 @@ def to_first(x):
     return x.permute(0, 3, 1, 2)
 
 
-# ---- what is cut -------------------------------------------------------------------------------------------------------
+# ---- what is cut ----
 
 
 class Swish(nn.BatchNorm2d):
@@ -106,11 +106,6 @@ def split_attention(net, x):  # Zhang et al. 2020
     gap = splits.sum(1).mean((2, 3), keepdim=True)
     attention = net.fc2(net.fc1(gap)).view(n, 2, c // 2, 1, 1).softmax(1)
     return net.out((splits * attention).sum(1))
-
-
-def option_a(net, x):
-    y = net.deep(x)
-    return net.out(F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))))
 
 
 def pyramid_pooling(net, x):
@@ -259,8 +254,8 @@ CUT = {  # name -> (network, BatchNorms whose channels are free)
     ),
     "channel shuffle, functional": (
         lambda: stem_and(
-            lambda net, x: net.out(net.grouped(torch.channel_shuffle(x, 4))),
-            grouped=cbr(8, 8, groups=2),
+            lambda net, x: net.out(net.more(torch.channel_shuffle(x, 4))),
+            more=cbr(8, 8),
             out=head(8),
         ),
         2,
@@ -309,9 +304,7 @@ CUT = {  # name -> (network, BatchNorms whose channels are free)
             down2=cbr(4, 6),
             down3=cbr(6, 8),
             up2=cbr(14, 6),
-            transposed=nn.Sequential(
-                nn.ConvTranspose2d(6, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU()
-            ),
+            transposed=nn.Sequential(nn.ConvTranspose2d(6, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU()),
             up1=cbr(8, 4),
             out=head(7),
         ),
@@ -380,7 +373,6 @@ CUT = {  # name -> (network, BatchNorms whose channels are free)
         ),
         3,
     ),
-    "option A": (lambda: stem_and(option_a, deep=cbr(8, 12, stride=2), out=head(12)), 2),
     "spatial pyramid": (lambda: stem_and(pyramid_pooling, fc=nn.Linear(8 * 21, 4)), 1),
     "pyramid of poolings": (lambda: stem_and(pool_pyramid, out=head(24)), 1),
     "attention over pixels": (
@@ -453,7 +445,7 @@ def test_other_numbers_of_dimensions(dims):
     assert len(masks) == 4
 
 
-# ---- what stays whole --------------------------------------------------------------------------------------------------
+# ---- what stays whole ----
 
 
 def view_of_a_view(net, x):
@@ -498,16 +490,16 @@ WHOLE = {  # name -> (network, what the reason says)
         "'slice'",
     ),
     "every second channel": (
-        lambda: stem_and(lambda net, x: net.out(x[:, ::2] * x[:, 1::2]), out=head(4)),
+        lambda: stem_and(lambda net, x: net.out(x[:, ::2]), out=head(4)),
         "'slice'",
     ),
     "one channel by its number": (
         lambda: stem_and(lambda net, x: net.out(x * x[:, :1]), out=head(8)),
-        "'slice'",
+        "it is spread over several channels",
     ),
     "one channel, selected": (
         lambda: stem_and(lambda net, x: net.out(x * x[:, 2:3]), out=head(8)),
-        "'slice'",
+        "it is spread over several channels",
     ),
     "expanded to a fixed size": (
         lambda: stem_and(
@@ -535,7 +527,10 @@ WHOLE = {  # name -> (network, what the reason says)
         ),
         "'layer_norm'",
     ),
-    "LayerNorm over everything": (lambda: stem_then(nn.LayerNorm([8, 16, 16]), head(8)), "layer_norm"),
+    "LayerNorm over everything": (
+        lambda: stem_then(nn.LayerNorm([8, 16, 16]), head(8)),
+        "layer_norm",
+    ),
     "LayerNorm over pixels": (lambda: stem_then(nn.LayerNorm([16, 16]), head(8)), "layer_norm"),
     "GroupNorm": (lambda: stem_then(nn.GroupNorm(2, 8), head(8)), "'group_norm'"),
     "InstanceNorm": (lambda: stem_then(nn.InstanceNorm2d(8, affine=True), head(8)), "norm"),
@@ -564,9 +559,15 @@ WHOLE = {  # name -> (network, what the reason says)
         lambda: stem_and(attention_over_channels, out=nn.Conv1d(8, 3, 1)),
         "'bmm'",
     ),
-    "a view written to": (lambda: stem_and(view_of_a_view, out=head(8)), "'relu_'"),
-    "written to before a view is read": (lambda: stem_and(written_through, out=head(8)), "'mul_'"),
-    "pixels set": (lambda: stem_and(set_pixels, out=head(8)), "changed it in place"),
+    "a view written to": (
+        lambda: stem_and(view_of_a_view, out=head(8)),
+        "'relu' changed it in place through another view",
+    ),
+    "written to before a view is read": (
+        lambda: stem_and(written_through, out=head(8)),
+        "'mul' changed it in place through another view",
+    ),
+    "pixels set": (lambda: stem_and(set_pixels, out=head(8)), "'copy'"),
     "added parameter": (
         lambda: stem_and(
             lambda net, x: net.out(x + net.position),
@@ -575,7 +576,10 @@ WHOLE = {  # name -> (network, what the reason says)
         ),
         "'add'",
     ),
-    "shifted": (lambda: stem_and(lambda net, x: net.out(x + 1), out=head(8)), "before any BatchNorm"),
+    "shifted": (
+        lambda: stem_and(lambda net, x: net.out(x + 1), out=head(8)),
+        "before any BatchNorm",
+    ),
     "sigmoid": (lambda: stem_then(nn.Sigmoid(), head(8)), "before any BatchNorm"),
     "clamped above zero": (
         lambda: stem_and(lambda net, x: net.out(x.clamp(min=0.1)), out=head(8)),
@@ -597,7 +601,10 @@ WHOLE = {  # name -> (network, what the reason says)
         ),
         "before any BatchNorm",
     ),
-    "linear over the width": (lambda: stem_then(nn.Linear(16, 16)), "another axis than the channels"),
+    "linear over the width": (
+        lambda: stem_then(nn.Linear(16, 16)),
+        "another axis than the channels",
+    ),
     "channels as images": (
         lambda: stem_and(
             lambda net, x: net.fc(x.view(x.size(0) * x.size(1), -1)), fc=nn.Linear(256, 1)
@@ -646,7 +653,132 @@ def test_only_what_must_stay_stays():
     assert graph.reason("b.1") == "'view' counts on its number of channels"
 
 
-# ---- inputs and outputs ------------------------------------------------------------------------------------------------
+def residual(net, x):
+    return net.out(F.relu(net.deep(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))))
+
+
+def test_partly_kept_channels_are_told():
+    """Where a BatchNorm scales channels of which some must stay, what is called free can be cut."""
+    option_a = stem_and(  # by F.pad, as many have it: the ends of the deeper stage meet zeros
+        residual, deep=nn.Sequential(cbr(8, 6, stride=2), cbr(6, 12)), out=head(12)
+    )
+    beside_image = stem_and(
+        lambda net, x: net.out(net.norm(torch.cat([x, net.stem[0](net.image)], 1)).relu()),
+        norm=nn.BatchNorm2d(16),
+        image=nn.Parameter(torch.rand(2, 3, 16, 16)),
+        out=head(16),
+    )
+    for model, at_least in ((option_a, {"deep.0.1"}), (beside_image, set())):
+        graph = ms.ChannelGraph(lively(model).double(), X)
+        free = graph.prunable_norms(True)
+        assert at_least <= {*free}
+        for name in free:
+            ids = graph.norms[name]
+            keep = torch.isin(graph.root[ids], graph.root[ids[:1]], invert=True)
+            masks = {name: keep} | {
+                n: ~torch.isin(graph.root[i], graph.root[ids[:1]])
+                for n, i in graph.norms.items()
+                if n in free
+            }
+            small = ms.prune(graph, masks)
+            assert small.get_submodule(name).num_features < len(ids), name
+            assert difference(small, silenced(model, masks), X) < 1e-9
+
+
+def test_groups_without_a_choice_are_no_free_ones():
+    """Where all channels of a layer hang together, none can go: it is not listed among what can."""
+    model = stem_and(lambda net, x: net.out(x * x[:, 2:3].expand_as(x)), out=head(8))
+    graph = ms.ChannelGraph(lively(model).double(), X)
+    assert graph.prunable_norms(True) == [] and graph.reason("stem.1")
+
+
+# ---- weights that are no layer's own ----
+
+
+class Functional(nn.Module):
+    """Two convolutions and two BatchNorms by functions, with all weights in one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = cbr(3, 8), head(5)
+        self.w1, self.w2 = (nn.Parameter(torch.randn(n, m, 3, 3)) for n, m in ((6, 8), (5, 6)))
+        for i, n in ((1, 6), (2, 5)):
+            setattr(self, f"gamma{i}", nn.Parameter(torch.rand(n) + 0.1))
+            setattr(self, f"beta{i}", nn.Parameter(torch.randn(n)))
+            self.register_buffer(f"mean{i}", torch.randn(n))
+            self.register_buffer(f"var{i}", torch.rand(n) + 0.5)
+
+    def norm(self, x, i):
+        part = [getattr(self, f"{key}{i}") for key in ("mean", "var", "gamma", "beta")]
+        return F.relu(F.batch_norm(x, *part, training=self.training))
+
+    def forward(self, x):
+        x = self.norm(F.conv2d(self.stem(x), self.w1, padding=1), 1)
+        return self.out(self.norm(F.conv2d(x, self.w2, padding=1), 2))
+
+
+def answers(graph):
+    """Everything that one can ask of a graph runs."""
+    scores = [f(graph, residual=True) for f in (ms.gammas, ms.filter_norms, ms.outgoing_norms)]
+    repr(ms.channel_groups(graph))
+    ms.weight_norms(graph, scaled=True)
+    masks = ms.masks_for_ratio(graph, reduction=0.3, scores=scores[0])
+    return ms.prune(graph, masks, fold_bias=True), ms.zero_masked(graph, masks, keep_bias=True)
+
+
+def test_layers_by_functions():
+    model = lively(Functional()).double()
+    graph, masks, _ = cut_exactly(model, X)
+    assert "stem.1" in masks
+    answers(graph)
+
+
+RECURRENT = {
+    "LSTM": lambda: nn.LSTM(8, 5, 2, batch_first=True),
+    "GRU": lambda: nn.GRU(8, 5, bidirectional=True, batch_first=True),
+    "RNN": lambda: nn.RNN(8, 5, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_recurrent_layers_behind_convolutions(kind):  # as for reading text
+    layer = RECURRENT[kind]()
+    width = 10 if layer.bidirectional else 5
+    model = stem_and(
+        lambda net, x: net.fc(net.rnn(net.more(x).mean(2).transpose(1, 2))[0]),
+        more=cbr(8, 8),
+        rnn=layer,
+        fc=nn.Linear(width, 3),
+    )
+    graph, masks, _ = cut_exactly(lively(model).double(), X)
+    assert "stem.1" in masks
+    answers(graph)
+
+
+def test_attention_layers_behind_convolutions():
+    model = stem_and(
+        lambda net, x: net.fc(net.attend(*[net.more(x).flatten(2).transpose(1, 2)] * 3)[0].mean(1)),
+        more=cbr(8, 8),
+        attend=nn.MultiheadAttention(8, 2, batch_first=True),
+        fc=nn.Linear(8, 3),
+    )
+    graph, masks, _ = cut_exactly(lively(model).double(), X)
+    assert "stem.1" in masks
+    answers(graph)
+
+
+@pytest.mark.parametrize("name", [n for n in CUT if CUT[n][1] > 0])
+def test_everything_can_be_asked(name):
+    """Scores, groups and folding of each kind of network."""
+    graph = ms.ChannelGraph(lively(CUT[name][0]()).double(), X)
+    folded, kept = answers(graph)
+    assert all(t.isfinite().all() for t in outputs(folded, X))
+    assert all(
+        a.shape == b.shape for a, b in zip(outputs(folded, X), outputs(kept, X), strict=True)
+    )
+
+
+# ---- inputs and outputs ----
 
 
 def test_several_inputs():
@@ -693,9 +825,7 @@ class Result:
     ids=["dict", "nested", "list", "tuple", "namedtuple", "dataclass"],
 )
 def test_outputs_of_any_form_are_kept_and_compared(wrap, monkeypatch):
-    model = stem_and(
-        lambda net, x: wrap(net.out(net.inner(x)), x), inner=cbr(8, 6), out=head(6)
-    )
+    model = stem_and(lambda net, x: wrap(net.out(net.inner(x)), x), inner=cbr(8, 6), out=head(6))
     model = lively(model).double()
     graph = ms.ChannelGraph(model, X)
     assert graph.prunable_norms(True) == ["inner.1"]
@@ -717,7 +847,7 @@ def _spoil(model):
     return model
 
 
-# ---- modules -----------------------------------------------------------------------------------------------------------
+# ---- modules ----
 
 
 def test_one_module_under_two_names():
@@ -785,15 +915,15 @@ def test_a_replaced_forward_of_a_layer_is_seen():
     assert len(masks) == 2
     old = model[2].forward
     model[2].forward = lambda x: old(x) * 2  # bound to this layer: no copy can have it
-    try:
+    with pytest.raises(
+        ValueError, match="cannot be traced|differs from|does not reach the layer '2'"
+    ):
         cut_exactly(model, X)
-    except ValueError as error:
-        assert "cannot be traced" in str(error) or "differs" in str(error)
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "zeros"])
 def test_padding_of_all_kinds_and_folding(mode):
-    """A constant map stays constant at the border unless zeros are put around it: folding is exact there, too."""
+    """A constant map stays constant at the border, unless it is padded with zeros."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(8), nn.SiLU()),
         *(nn.Conv2d(8, 6, 3, padding=1, padding_mode=mode), nn.BatchNorm2d(6), nn.SiLU()),
@@ -817,7 +947,7 @@ def test_padding_layers(pad):
     assert len(cut_exactly(lively(model).double(), X)[1]) == 2
 
 
-# ---- networks of torchvision -------------------------------------------------------------------------------------------
+# ---- networks of torchvision ----
 
 
 def test_feature_pyramid():
@@ -829,7 +959,7 @@ def test_feature_pyramid():
         fpn=torchvision.ops.FeaturePyramidNetwork([8, 12, 16], 6, norm_layer=nn.BatchNorm2d),
     )
     _, masks, _ = cut_exactly(lively(model).double(), X)
-    assert [*masks] == ["a.1", "b.1", "c.1", *(f"fpn.inner_blocks.{i}.1" for i in range(3))]
+    assert {*masks} == {"a.1", "b.1", "c.1", *(f"fpn.inner_blocks.{i}.1" for i in range(3))}
 
 
 def test_segmentation_heads():
@@ -844,7 +974,10 @@ def test_segmentation_heads():
             head=head,
         )
 
-    for make, free in ((lambda: deeplabv3.DeepLabHead(16, 3, (1, 2)), 7), (lambda: fcn.FCNHead(16, 3), 3)):
+    for make, free in (
+        (lambda: deeplabv3.DeepLabHead(16, 3, (1, 2)), 8),
+        (lambda: fcn.FCNHead(16, 3), 3),
+    ):
         model = lively(network(make())).double()
         _, masks, _ = cut_exactly(model, X)
         assert len(masks) == free
@@ -859,7 +992,7 @@ def test_lraspp():
     assert len(masks) > 40 and size(small) < 0.7 * size(model)
 
 
-# ---- the user's network is left alone ----------------------------------------------------------------------------------
+# ---- the user's network is left alone ----
 
 
 class Remembering(nn.Module):
@@ -941,14 +1074,18 @@ def test_random_numbers_are_not_used_up():
     assert torch.equal(torch.rand(4), wanted)
 
 
-# ---- what is refused, and how ------------------------------------------------------------------------------------------
+# ---- what is refused, and how ----
 
 
 def test_wrappers_are_taken_off():
     plain = lively(stem_then(cbr(8, 6), head(6))).double()
     masks = {"0.1": torch.arange(8) % 2 > 0}
     wanted = ms.prune(plain, masks, X)
-    for model in (nn.DataParallel(plain), torch.compile(plain), nn.DataParallel(torch.compile(plain))):
+    for model in (
+        nn.DataParallel(plain),
+        torch.compile(plain),
+        nn.DataParallel(torch.compile(plain)),
+    ):
         small = ms.prune(model, masks, X)
         assert type(small) is nn.Sequential and difference(small, wanted, X) == 0
         assert ms.gammas(model, X).keys() == ms.gammas(model).keys() == {"0.1", "1.1"}
@@ -1005,11 +1142,15 @@ REFUSED = {
     "without parameters": (lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), X, "no .*parameters"),
     "lazy": (
         lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.LazyConv2d(2, 1)),
-        X,
-        "forward|call|initial",
+        torch.zeros(1, 3, 16, 16),
+        "run it once|call it once|uninitialized",
     ),
-    "data-dependent": (lambda: stem_and(branching, out=head(8)), X, "must not branch on the values"),
-    "auxiliary head": (Auxiliary, X, "does not reach the layer 'aux'"),
+    "data-dependent": (
+        lambda: stem_and(branching, out=head(8)).double(),
+        X,
+        "must not branch on the values",
+    ),
+    "auxiliary head": (lambda: Auxiliary().double(), X, "does not reach the layer 'aux'"),
     "half": (lambda: stem_then(head(8)).half(), torch.zeros(1, 3, 16, 16), "float32.*float16"),
     "double": (lambda: stem_then(head(8)).double(), torch.zeros(1, 3, 16, 16), "float32.*float64"),
     "bfloat16": (lambda: stem_then(head(8)).bfloat16(), X, "float64.*bfloat16"),
@@ -1028,7 +1169,12 @@ REFUSED = {
     "uint8": (
         lambda: stem_then(head(8)),
         torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
-        "uint8.*float32",
+        "(uint8|unsigned char).*right size and type",
+    ),
+    "uint8, without bias": (
+        lambda: nn.Sequential(cbr(3, 8, bias=False), head(8)),
+        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+        "(uint8|unsigned char|Byte).*right size and type",
     ),
     "no tensor": (lambda: stem_then(head(8)), "image.png", "image.png|str|tensor"),
     "none": (lambda: stem_then(head(8)), None, "an example input is needed"),
@@ -1049,14 +1195,14 @@ def test_refused_with_a_message(name):
 
 
 def test_uint8_images_for_a_network_that_takes_them():
-    model = Net(
-        lambda net, x: net.out(net.stem(x.double() / 255)), stem=cbr(3, 8), out=head(8)
-    )
+    model = Net(lambda net, x: net.out(net.stem(x.double() / 255)), stem=cbr(3, 8), out=head(8))
     x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     assert len(cut_exactly(lively(model).double(), x)[1]) == 1
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 1e-5), (torch.float16, 0.02), (torch.bfloat16, 0.1)]
+)
 def test_other_precisions(dtype, limit):
     model = lively(stem_then(cbr(8, 6), head(6))).to(dtype)
     x, masks = image().to(dtype), {"0.1": torch.arange(8) % 2 > 0}
@@ -1087,12 +1233,14 @@ def test_masks_that_do_not_fit(masks, message):
             function(graph, masks)
 
 
-# ---- leaving layers alone ----------------------------------------------------------------------------------------------
+# ---- leaving layers alone ----
 
 
 def test_keep_leaves_layers_alone():
     model = nn.Sequential(
-        OrderedDict(stem=cbr(3, 8), body=nn.Sequential(cbr(8, 6), cbr(6, 5)), top=cbr(5, 4), out=head(4))
+        OrderedDict(
+            stem=cbr(3, 8), body=nn.Sequential(cbr(8, 6), cbr(6, 5)), top=cbr(5, 4), out=head(4)
+        )
     )
     graph = ms.ChannelGraph(lively(model).double(), X)
     everything = ["stem.1", "body.0.1", "body.1.1", "top.1"]
@@ -1114,14 +1262,23 @@ def test_keep_leaves_layers_alone():
         assert [*ms.masks_for_macs(graph, reduction=0.05, keep=keep)] == left
         scores = ms.filter_norms(graph)
         assert [*ms.masks_for_macs(graph, reduction=0.05, scores=scores, keep=keep)] == left
-    for function in (ms.gammas, ms.filter_norms, ms.outgoing_norms, ms.masks_below, ms.masks_for_macs):
+    for function in (
+        ms.gammas,
+        ms.filter_norms,
+        ms.outgoing_norms,
+        ms.masks_below,
+        ms.masks_for_macs,
+    ):
         with pytest.raises(ValueError, match="keep='bdy': .*did you mean 'body'"):
             function(graph, keep=["top", "bdy"])
 
 
 def test_keep_reaches_all_that_share_the_channels():
     model = stem_and(
-        lambda net, x: net.out(x + net.side(net.inner(x))), inner=cbr(8, 6), side=cbr(6, 8), out=head(8)
+        lambda net, x: net.out(x + net.side(net.inner(x))),
+        inner=cbr(8, 6),
+        side=cbr(6, 8),
+        out=head(8),
     )
     graph = ms.ChannelGraph(lively(model).double(), X)
     assert graph.prunable_norms(True) == ["stem.1", "inner.1", "side.1"]
@@ -1129,7 +1286,7 @@ def test_keep_reaches_all_that_share_the_channels():
     assert graph.prunable_norms(True, ["side"]) == []
 
 
-# ---- one trace for everything ------------------------------------------------------------------------------------------
+# ---- one trace for everything ----
 
 
 def test_one_trace_serves_a_chain(monkeypatch):
@@ -1142,40 +1299,41 @@ def test_one_trace_serves_a_chain(monkeypatch):
     assert ms.masks_below(graph, threshold=0.3).keys() == masks.keys()
     assert ms.masks_for_ratio(graph, reduction=0.5).keys() == masks.keys()
     assert {n for g in ms.channel_groups(graph) for n in g.norms} == masks.keys()
-    assert ms.GlobalL1(graph, None, 1e-3)().item() > 0
     assert ms.MaskedL1(model, masks, 1e-3)().item() > 0
     small, masked = ms.prune(graph, masks), ms.zero_masked(graph, masks)
     assert difference(small, masked, X) < 1e-9
     assert difference(ms.prune(graph, masks, fold_bias=True), masked, X) > 1e-3
 
 
-# ---- cutting again -----------------------------------------------------------------------------------------------------
+# ---- cutting again ----
 
 
 def test_a_grouped_convolution_cut_to_one_channel_a_group_and_again():
-    model = stem_then(cbr(8, 12, groups=4), cbr(12, 12, groups=2, bias=False), head(12))
-    model = lively(model).double()
-    pairs = {"0.1": torch.arange(8) % 2 > 0, "1.1": torch.arange(12) % 3 == 0}
-    small = cut_exactly(model, X, pairs)[2]
-    assert (small[1][0].in_channels, small[1][0].out_channels, small[1][0].groups) == (4, 4, 4)
-    assert (small[2][0].in_channels, small[2][0].groups) == (4, 2)
+    model = lively(stem_then(cbr(8, 12, groups=4), cbr(12, 6, 1), head(6))).double()
+    masks = {"0.1": torch.arange(8) % 2 > 0, "1.1": torch.arange(12) % 3 == 0}
+    small = cut_exactly(model, X, masks)[2]
+    grouped = small[1][0]
+    assert (grouped.in_channels, grouped.out_channels, grouped.groups) == (4, 4, 4)
     # it is depthwise now: whole groups can go
-    again = cut_exactly(small, X, {"0.1": torch.arange(4) > 0, "1.1": torch.arange(4) > 0, "2.1": torch.arange(12) % 6 > 0})
-    assert again[2][1][0].groups == 3
-    third = cut_exactly(again[2], X)[2]
-    assert difference(third, third, X) == 0
+    keep = torch.arange(4) > 0
+    again = cut_exactly(small, X, {"0.1": keep, "1.1": keep})[2]
+    assert again[1][0].groups == 3
+    last = cut_exactly(again, X, {"0.1": torch.arange(3) == 1, "1.1": torch.arange(3) == 1})[2]
+    assert last[1][0].groups == 1
+    cut_exactly(last, X, {"2.1": torch.arange(6) > 2})
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_cut_three_times(transposed):
     conv = nn.ConvTranspose2d if transposed else nn.Conv2d
-    model = stem_then(
-        *(conv(8, 16, 3, groups=2), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16, 3, groups=16)),
-        *(nn.BatchNorm2d(16), nn.SiLU(), conv(16, 8, 1), nn.BatchNorm2d(8), head(8)),
+    model = nn.Sequential(
+        *(cbr(3, 24), conv(24, 32, 3, groups=2), nn.BatchNorm2d(32), nn.ReLU()),
+        *(conv(32, 32, 3, groups=32), nn.BatchNorm2d(32), nn.SiLU(), conv(32, 24, 1)),
+        *(nn.BatchNorm2d(24), head(24)),
     )
     model = lively(model).double()
     sizes = [size(model)]
     for _ in range(3):
         model = cut_exactly(model, X)[2]
         sizes.append(size(model))
-    assert sizes == sorted(sizes, reverse=True)
+    assert sizes == sorted(set(sizes), reverse=True)
