@@ -9,17 +9,17 @@ Three floors, in the order in which one reads them:
 - `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
 
-They stand on `data` (load_data, load_folder, image_folder, normalize), `networks` (resnet, vgg, network, save, load),
+They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg, network, save, load),
 `costs` (cost, latency) and `exports` (export). Above them, loaded only when asked for: `course` (config, stage,
-require, reference, published, scoreboard, plots).
+require, image_folder, reference, published, scoreboard, plots).
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from .costs import cost, latency
-from .data.sources import image_folder, load_data, load_folder
-from .data.tensors import normalize
+from .data.sources import load_data, load_folder
+from .data.tensors import Data, Split, normalize
 from .exports import export
 from .networks import PaddedShortcut, load, network, resnet, save, vgg
 from .penalties.flow import FeatureFlow, flows
@@ -42,6 +42,7 @@ except PackageNotFoundError:  # imported from a folder that is not installed
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
     "data_of": "stages",
+    "image_folder": "images",
     "notebook_config": "settings",
     "plots": "plots",
     "published": "results",
@@ -53,12 +54,14 @@ _COURSE = {  # name -> the module of the course that has it
 
 __all__ = [
     "ChannelGraph",
+    "Data",
     "FeatureFlow",
     "GlobalL1",
     "GrowingL2",
     "HoldZero",
     "MaskedL1",
     "PaddedShortcut",
+    "Split",
     "channel_groups",
     "cost",
     "environment",
@@ -68,7 +71,6 @@ __all__ = [
     "fit",
     "flows",
     "gammas",
-    "image_folder",
     "latency",
     "learning_rates",
     "load",

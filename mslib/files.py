@@ -4,12 +4,36 @@ import difflib
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/, data/, runs/
+
+
+def is_checkout() -> bool:
+    """Whether ROOT is the course's folder; where only the package is installed, it is not."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "notebooks").is_dir()
+
+
+def data_folder() -> Path:
+    """Where data sets and caches are kept: data/ of the course, or the user's folder for caches.
+
+    The latter is $MSLIB_CACHE, if set, or "mslib" where the system keeps caches.
+    """
+    if is_checkout():
+        return ROOT / "data"
+    if os.environ.get("MSLIB_CACHE"):
+        return Path(os.environ["MSLIB_CACHE"]).expanduser()
+    if sys.platform == "win32":
+        usual = Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        usual = Path.home() / "Library" / "Caches"
+    else:
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return usual / "mslib"
 
 
 def nearest(name, known):

@@ -1,21 +1,32 @@
+import os
 import shutil
 import tarfile
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torchvision import datasets, transforms
 
 import mslib as ms
 from mslib.data.shapes import CLASSES, draw_shapes
-from mslib.data.tensors import augment, batches, draw
+from mslib.data.sources import dataset_identity, find_dataset
+from mslib.data.tensors import Split, augment, batches, draw
+from mslib.files import ROOT, data_folder
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """train/ and test/ with two classes; the cache goes to a temporary folder too."""
-    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path / "course")
+    monkeypatch.setattr("mslib.data.sources.data_folder", lambda: tmp_path / "course" / "data")
     images, _ = draw_shapes(40, 12, seed=3)
     for split, n in (("train", 10), ("test", 3)):
         for c, name in enumerate(("cat", "dog")):
@@ -60,10 +71,47 @@ def test_split_is_fixed_and_disjoint():
     )
 
 
-@pytest.mark.parametrize("val", [0, 1, -0.1, 2])
-def test_val_out_of_range(val):
-    with pytest.raises(ValueError, match=f"val={val}"):
-        ms.load_data("shapes", val)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"val": v} for v in (0, 1, -0.1, 2, "0.1", float("nan"), None)),
+        *({"image_size": v} for v in (0, -8, 8.5, "8", 100_000, True)),
+        *({"sizes": (n, 20)} for n in (0, 9, 20.5, "40", 10**9)),
+        {"val": 0.99, "sizes": (20, 20)},
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named(change):
+    (name, value), *_ = change.items()
+    shown = value[0] if name == "sizes" else value
+    with pytest.raises(ValueError, match=f"{name}={shown!r}"):
+        ms.load_data("shapes", **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 0}, {"size": 8.5}, {"batch_size": 0}, {"batch_size": "8"}, {"crop": 0}, {"crop": 8}]
+    + [{"workers": -1}, {"val": 1}, {"val": 0.99}],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named_for_folders(folder, change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        ms.load_folder(folder, **change)
+
+
+def test_what_is_held_out_leaves_every_class_something_to_train_on(folder):
+    for file in sorted((folder / "train" / "dog").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(ValueError, match="val=0.9 of 11 training images leaves none of class"):
+        ms.load_data(folder, val=0.9)
+    with pytest.raises(ValueError, match="do not fit into memory; give a smaller image_size"):
+        Image.new("RGB", (6000, 6000)).save(folder / "train" / "cat" / "000.png")
+        for i in range(80):
+            shutil.copy(
+                folder / "train" / "cat" / "001.png", folder / "train" / "cat" / f"x{i}.png"
+            )
+        ms.load_data(folder)
 
 
 def test_folder_tar_and_zip_hold_the_same(folder):
@@ -108,85 +156,26 @@ def test_grey_palette_and_alpha_images_become_rgb(folder):
     assert ms.load_data(folder, image_size=8).input_shape == (3, 8, 8)
 
 
-def empty(folder):
-    shutil.rmtree(folder / "train")
-    (folder / "train").mkdir()
-
-
-def no_image(folder):
-    (folder / "train" / "dog" / "notes.png").write_bytes(b"these are no pixels")
-
-
-def cut_image(folder):
-    path = folder / "test" / "dog" / "001.png"
-    path.write_bytes(path.read_bytes()[:60])
+def remove(folder, *places):
+    for place in places:
+        shutil.rmtree(folder / place)
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    "places, message",
     [
-        (empty, "no train images; expected files like train/<class>"),
-        (lambda f: shutil.rmtree(f / "test"), "no test images"),
-        (
-            lambda f: shutil.rmtree(f / "test" / "dog"),
-            "class 'dog' is in train/ but has no image in test/",
-        ),
-        (
-            lambda f: shutil.rmtree(f / "train" / "dog"),
-            "class 'dog' is in test/ but has no image in train/",
-        ),
-        (lambda f: [shutil.rmtree(f / s / "dog") for s in ("train", "test")], "one class, 'cat'"),
-        (no_image, "train/dog/notes.png is not a readable image"),
-        (cut_image, "test/dog/001.png is not a readable image"),
+        (["train/cat", "train/dog"], "no train images; expected files like train/<class>"),
+        (["test"], "no test images"),
+        (["test/dog"], "class 'dog' is in train/ but has no image in test/"),
+        (["train/dog"], "class 'dog' is in test/ but has no image in train/"),
+        (["train/dog", "test/dog"], "one class, 'cat'"),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_bad_folders(folder, damage, message, packed):
-    damage(folder)
-    with pytest.raises(ValueError, match=message):
-        ms.load_data(pack(folder, "tar.gz") if packed else folder)
-
-
-@pytest.mark.parametrize("kind", ["tar.gz", "zip"])
-def test_a_truncated_archive(folder, kind):
-    path = pack(folder, kind)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(0.7 * len(whole))])
-    with pytest.raises(ValueError, match=f"images.{kind} cannot be read"):
-        ms.load_data(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="cannot be read"):
-        ms.load_data(path)
-
-
-def test_an_archive_with_a_damaged_member(folder):
-    path = folder.parent / "images.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for file in sorted(folder.rglob("*.png")):
-            archive.write(file, file.relative_to(folder))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read|not a readable image"):
-        ms.load_data(path)
-
-
-def test_an_archive_with_a_password(folder):
-    path = pack(folder, "zip")
-    content = path.read_bytes()
-    for sign, place in (
-        (b"PK\x03\x04", 6),
-        (b"PK\x01\x02", 8),
-    ):  # the flag "encrypted" in both headers of each file
-        content = b"".join(
-            part if i == 0 else sign + part[: place - 4] + b"\1" + part[place - 3 :]
-            for i, part in enumerate(content.split(sign))
-        )
-    path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match="images.zip cannot be read .* encrypted, password required"
-    ):
-        ms.load_data(path)
+def test_bad_folders(folder, places, message):
+    remove(folder, *places)
+    for start in (ms.load_data, ms.load_folder):
+        with pytest.raises(ValueError, match=message):
+            start(folder)
 
 
 def test_missing_path_and_unknown_name():
@@ -195,8 +184,6 @@ def test_missing_path_and_unknown_name():
 
 
 def test_cifar_through_torchvision(monkeypatch):
-    from torchvision import datasets
-
     class Fake:
         classes = ["a", "b"]
 
@@ -222,29 +209,278 @@ def test_cifar_through_torchvision(monkeypatch):
 
 
 def test_augmented_images_are_crops_and_mirrors():
-    images = torch.arange(5 * 3 * 8 * 8).reshape(5, 3, 8, 8).remainder(251).to(torch.uint8)
-    out = augment(images, draw(5, 8, torch.Generator().manual_seed(1)))
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    for i in range(5):
-        crops = [padded[i, :, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
-        assert any(torch.equal(out[i], c) or torch.equal(out[i], c.flip(2)) for c in crops)
-    assert not torch.equal(out, augment(images, draw(5, 8, torch.Generator().manual_seed(2))))
+    images = torch.arange(64 * 3 * 16 * 8).reshape(64, 3, 16, 8).remainder(251).to(torch.uint8)
+    draws = draw(64, 16, torch.Generator().manual_seed(1))
+    assert draws.shape == (3, 64) and [set(row) for row in draws.tolist()] == [
+        set(range(5)),
+        set(range(5)),
+        {0, 1},
+    ]
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    for i, (top, left, mirror) in enumerate(draws.T.tolist()):
+        crop = padded[i, :, top : top + 16, left : left + 8]
+        assert (augment(images, draws)[i].numpy() == (crop[:, :, ::-1] if mirror else crop)).all()
 
 
-def test_batches():
+def test_batches_are_shuffled_and_augmented_by_their_generator():
+    """Computed once more, one image at a time."""
+    data = ms.load_data("shapes", image_size=16, sizes=(100, 30))
+    found = list(batches(data.train, 16, torch.Generator().manual_seed(3)))
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(len(data.train), generator=generator).tolist()
+    assert len(found) == len(order) // 16 == 5 and order != sorted(order)
+    for start, (x, y) in zip(range(0, 80, 16), found):
+        top, left = torch.randint(5, (2, 16, 1), generator=generator).squeeze(2).tolist()
+        mirror = (torch.rand(1, 16, generator=generator) < 0.5)[0].tolist()
+        assert y.tolist() == data.train.labels[order[start : start + 16]].tolist()
+        for k in range(16):
+            image = np.pad(data.train.images[order[start + k]].numpy(), ((0, 0), (2, 2), (2, 2)))
+            crop = image[:, top[k] : top[k] + 16, left[k] : left[k] + 16]
+            crop = crop[:, :, ::-1] if mirror[k] else crop
+            assert np.array_equal(x[k].numpy(), (crop.astype(np.float32) - 120) / 64)
+    again = list(batches(data.train, 16, torch.Generator().manual_seed(4)))
+    assert again[0][1].tolist() != found[0][1].tolist()
+    shared = [
+        list(batches(data.train, 16, torch.Generator().manual_seed(3), (i, 2))) for i in (0, 1)
+    ]
+    for (x, y), (x0, y0), (x1, y1) in zip(found, *shared):  # of two processes, every other image
+        assert torch.equal(x[0::2], x0) and torch.equal(x[1::2], x1)
+        assert torch.equal(y[0::2], y0) and torch.equal(y[1::2], y1)
+
+
+def test_batches_in_order_without_a_generator():
     data = ms.load_data("shapes", image_size=8, sizes=(100, 30))
-    train = list(batches(data.train, 16, torch.Generator().manual_seed(0)))
-    assert [len(y) for _, y in train] == [16] * 5
     test = list(batches(data.test, 16))
-    assert [len(y) for _, y in test] == [16, 14] and torch.equal(
-        torch.cat([y for _, y in test]), data.test.labels
-    )
-    x = test[0][0]
+    assert [len(y) for _, y in test] == [16, 14]
+    assert torch.equal(torch.cat([y for _, y in test]), data.test.labels)
+    x = torch.cat([x for x, _ in test])
+    assert torch.equal(x, (data.test.images.float() - 120) / 64) and abs(float(x.mean())) < 1.5
+    assert test[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- what may stand in Data, and what tells it from others ----
+
+
+def split(n=6):
+    return Split(torch.arange(n * 48, dtype=torch.uint8).view(n, 3, 4, 4), torch.arange(n) % 2)
+
+
+@pytest.mark.parametrize(
+    "images, labels",
+    [
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4).long()),
+        (torch.zeros(4, 3, 8).byte(), torch.zeros(4).long()),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4)),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4).byte()),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(4, 1).long()),
+        (torch.zeros(4, 3, 8, 8).byte(), torch.zeros(5).long()),
+    ],
+)
+def test_a_split_of_other_types_or_shapes_is_refused(images, labels):
+    with pytest.raises(
+        ValueError, match=r"a Split takes images uint8 \[N, C, H, W\] and labels int64"
+    ):
+        ms.Split(images, labels)
+
+
+def test_data_of_other_things_are_refused():
+    good = split()
+    with pytest.raises(ValueError, match="val of Data: expected a Split, or batches with a length"):
+        ms.Data("x", good, iter([]), good, ("a", "b"))
+    with pytest.raises(ValueError, match="test of Data: .* that are not empty"):
+        ms.Data("x", good, good, good.subset(range(0)), ("a", "b"))
+    with pytest.raises(ValueError, match="train of Data: labels 0 to 1, for 1 classes"):
+        ms.Data("x", good, good, good, ("a",))
+
+
+def floats(n=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 3, 4, 4, generator=generator), torch.arange(n) % 2)
+
+
+def of_loaders(train, test=None):
+    test = test or DataLoader(floats(), 2)
+    return ms.Data("mine", train, test, test, ("a", "b"))
+
+
+def test_data_of_the_users_loaders():
+    data, state = of_loaders(DataLoader(floats(), 2, shuffle=True)), torch.get_rng_state()
+    assert data.input_shape == (3, 4, 4) and torch.equal(data.example, floats().tensors[0][:1])
     assert (
-        x.dtype == torch.float32
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and abs(float(x.mean())) < 1.5
+        repr(data) == "Data(mine: 2 classes, 3×4×4, 3 train batches, 3 val batches, 3 test batches)"
     )
+    assert torch.equal(torch.get_rng_state(), state)  # looking at data changes no later draw
+    bytes_ = TensorDataset(torch.zeros(4, 3, 4, 4).byte(), torch.zeros(4).long())
+    with pytest.raises(ValueError, match="batches of mine: expected float images"):
+        _ = of_loaders(DataLoader(floats()), DataLoader(bytes_)).example
+
+
+class Own(TensorDataset):
+    """A data set of one's own, which can say what it is."""
+
+    def identity(self):
+        return ["own", *self.tensors]
+
+
+def cifar10_of(images, transform):
+    """torchvision's CIFAR10 without a download."""
+    data = datasets.CIFAR10.__new__(datasets.CIFAR10)
+    datasets.VisionDataset.__init__(data, "anywhere", transform=transform)
+    data.data, data.targets, data.classes = images, [0, 1] * (len(images) // 2), ["a", "b"]
+    return data
+
+
+class Silent(Dataset):
+    def __len__(self):
+        return 4
+
+
+def test_the_fingerprint_of_loaders_tells_what_decides_the_outcome():
+    image, plain = floats(), transforms.ToTensor()
+    turn = [transforms.Compose([transforms.RandomRotation(d), plain]) for d in (5, 10)]
+    images = [np.full((4, 4, 4, 3), colour, np.uint8) for colour in (0, 1)]
+    weights = [WeightedRandomSampler(w, 6) for w in ([1.0] * 6, [1.0] * 5 + [2.0])]
+    different = [
+        DataLoader(image, 2),
+        DataLoader(image, 3),
+        DataLoader(image, 2, shuffle=True),
+        DataLoader(image, 2, drop_last=True),
+        DataLoader(image, 2, num_workers=1),
+        DataLoader(image, 2, sampler=weights[0]),
+        DataLoader(image, 2, sampler=weights[1]),
+        DataLoader(floats(seed=1), 2),
+        DataLoader(floats(4), 2),
+        DataLoader(Subset(image, [0, 1, 2]), 2),
+        DataLoader(Subset(image, [0, 1, 3]), 2),
+        DataLoader(ConcatDataset([image, image]), 2),
+        DataLoader(Own(*image.tensors), 2),
+        DataLoader(cifar10_of(images[0], plain), 2),
+        DataLoader(cifar10_of(images[1], plain), 2),
+        DataLoader(cifar10_of(images[0], turn[0]), 2),
+        DataLoader(cifar10_of(images[0], turn[1]), 2),
+        [(torch.zeros(2, 3, 4, 4), torch.zeros(2).long())],
+        [(torch.ones(2, 3, 4, 4), torch.zeros(2).long())],
+        split(),
+    ]
+    found = [of_loaders(loader).fingerprint for loader in different]
+    assert None not in found and len(set(found)) == len(found)
+    assert found[0] == of_loaders(DataLoader(floats(), 2)).fingerprint
+    assert found[-1] == of_loaders(split()).fingerprint
+
+
+def test_what_cannot_be_identified_has_no_fingerprint():
+    image = floats()
+    for loader in (
+        DataLoader(Silent(), 2),
+        DataLoader(image, 2, shuffle=True, generator=torch.Generator()),
+        DataLoader(image, 2, collate_fn=lambda batch: batch),
+        DataLoader(cifar10_of(np.zeros((4, 4, 4, 3), np.uint8), transforms.Lambda(lambda x: x)), 2),
+        DataLoader(cifar10_of(np.zeros((4, 4, 4, 3), np.uint8), Silent()), 2),
+    ):
+        assert of_loaders(loader).fingerprint is None
+
+
+def test_the_fingerprint_of_tensors_tells_labels_order_and_classes():
+    data = ms.Data("one", split(), split(), split(), ("a", "b"))
+    other = Split(split().images, 1 - split().labels)
+    turned = split().subset(torch.arange(6).flip(0))
+    wide = Split(split().images.view(6, 3, 2, 8), split().labels)
+    found = {
+        ms.Data("x", *parts, classes).fingerprint
+        for *parts, classes in (
+            (split(), split(), split(), ("a", "c")),
+            (other, split(), split(), ("a", "b")),
+            (split(), other, split(), ("a", "b")),
+            (split(), split(), other, ("a", "b")),
+            (turned, split(), split(), ("a", "b")),
+            (wide, split(), split(), ("a", "b")),
+        )
+    }
+    assert len(found) == 6 and data.fingerprint not in found
+    assert data.fingerprint == ms.Data("two", split(), split(), split(), ("a", "b")).fingerprint
+
+
+def test_the_fingerprint_of_a_folder_tells_files_and_settings(folder, tmp_path):
+    def found(path=folder, **change):
+        settings = dict(size=8, batch_size=4, workers=0) | change
+        return ms.load_folder(path, **settings).fingerprint
+
+    first = found()
+    assert first == found() and first is not None
+    changes = [{"size": 9}, {"batch_size": 2}, {"crop": 0.5}, {"val": 0.2}, {"workers": 1}]
+    assert len({first, *(found(**change) for change in changes)}) == 6
+    shutil.copytree(folder, tmp_path / "copy")
+    assert found(tmp_path / "copy") == first
+    change_a_pixel(folder / "train" / "dog" / "003.png")
+    assert found() != first
+
+
+def change_a_pixel(path):
+    """Without a change of size (a format without compression) and time."""
+    stat, image = path.stat(), Image.open(path).convert("RGB")
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(path, "BMP")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_two_data_sets_of_one_name_are_told_apart(folder, tmp_path):
+    place = tmp_path / "elsewhere" / "images"
+    shutil.copytree(folder, place)
+    first = dataset_identity(str(folder))
+    assert first == dataset_identity(folder) != dataset_identity(place)
+    (folder / ".DS_Store").write_bytes(b"junk")
+    assert dataset_identity(folder) == first != dataset_identity(folder, 8)
+    image = folder / "train" / "dog" / "003.png"
+    change_a_pixel(image)
+    second, size = dataset_identity(folder), image.stat().st_size
+    assert second != first
+    for colour in "red", "blue":  # of the same size and time
+        stat = image.stat()
+        Image.new("RGB", (12, 12), colour).save(image, "BMP")
+        os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert image.stat().st_size == size and dataset_identity(folder) != second
+        second = dataset_identity(folder)
+    archives = [pack(f, "tar.gz") for f in (folder, place)]
+    assert len({dataset_identity(a) for a in archives}) == 2
+    shutil.copy(archives[0], tmp_path / "moved.tar.gz")
+    assert dataset_identity(tmp_path / "moved.tar.gz") == dataset_identity(archives[0])
+    assert dataset_identity("cifar10") != dataset_identity("cifar100")
+
+
+def test_a_name_that_means_two_places_is_refused(tmp_path, monkeypatch):
+    for base in ("course", "here"):
+        (tmp_path / base / "notebooks").mkdir(parents=True)
+        (tmp_path / base / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path / "course")
+    monkeypatch.setattr("mslib.files.ROOT", tmp_path / "course")
+    with pytest.raises(ValueError, match="'notebooks' may be .*here.*course.*give the full path"):
+        find_dataset("notebooks")
+    (tmp_path / "course" / "own").mkdir()
+    assert find_dataset("own") == tmp_path / "course" / "own"
+    monkeypatch.setattr("mslib.data.sources.ROOT", tmp_path)  # site-packages, say
+    monkeypatch.setattr("mslib.files.ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match="'course' is none of shapes"):
+        find_dataset("course")
+
+
+def test_where_data_are_kept(tmp_path, monkeypatch):
+    assert data_folder() == ROOT / "data"
+    monkeypatch.setattr("mslib.files.ROOT", tmp_path)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data_folder() == tmp_path / "cache" / "mslib"
+    monkeypatch.setenv("MSLIB_CACHE", str(tmp_path / "mine"))
+    assert data_folder() == tmp_path / "mine"
+
+
+def test_folders_are_scaled_as_tensors_are(folder):
+    data = ms.load_folder(folder, 12, 8, workers=0)
+    files = sorted((folder / "test").rglob("*.png"))
+    whole = [Image.open(file).resize((14, 14), Image.Resampling.BILINEAR) for file in files]
+    middle = np.stack([np.asarray(image)[1:13, 1:13] for image in whole])
+    want = ms.normalize(torch.from_numpy(middle).permute(0, 3, 1, 2))
+    assert torch.equal(torch.cat([x for x, _ in data.test]), want)
 
 
 def test_the_cifar_copy(cifar):

@@ -1,28 +1,19 @@
-"""The embedded task: ten kinds of drawn shapes, made in seconds from a seed, so that the course runs offline."""
+"""The embedded task: ten kinds of drawn shapes, made from a seed, to run the course offline."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
-CLASSES = (
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "star",
-    "cross",
-    "crescent",
-    "bar",
-    "half disc",
-)
+FIRST = ("disc", "ring", "square", "frame", "triangle")
+CLASSES = (*FIRST, "star", "cross", "crescent", "bar", "half disc")
 
 
-def draw_shapes(n, size=32, seed=0):
-    """`n` images of one shape each, uint8 [n, 3, size, size], and their labels, int64 [n] (classes in equal number).
+def draw_shapes(n: int, size: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """`n` images of one shape each, uint8 [n, 3, size, size], and their labels, int64 [n].
 
-    Position, scale, rotation, colours, background, stray spots, noise and a few wrong-looking contrasts vary from
-    image to image; the same arguments give the same images.
+    There are as many of each class. Position, scale, rotation, colours, ground, stray spots and
+    noise vary from image to image; the same arguments give the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % len(CLASSES)
@@ -30,15 +21,14 @@ def draw_shapes(n, size=32, seed=0):
     return torch.cat(images), labels
 
 
-def _draw(labels, size, generator):
+def _draw(labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     n = len(labels)
 
-    def uniform(low, high, *shape):
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
 
-    axis = (
-        torch.arange(2 * size) + 0.5
-    ) / size - 1  # twice the pixels, averaged at the end: soft edges
+    # twice the pixels, averaged at the end: soft edges
+    axis = (torch.arange(2 * size) + 0.5) / size - 1
     y, x = axis[:, None].expand(2 * size, 2 * size), axis.expand(2 * size, 2 * size)
 
     angle, scale = uniform(-0.5, 0.5), uniform(0.5, 0.8)
@@ -47,12 +37,9 @@ def _draw(labels, size, generator):
     v = (angle.cos() * dy - angle.sin() * dx) / scale
     shape = torch.stack(_inside(u, v))[labels, torch.arange(n)].unsqueeze(1).float()
 
-    ground, ink = (
-        uniform(0.05, 0.55, 3),
-        uniform(0.35, 0.95, 3),
-    )  # a shape is lighter than its ground, mostly
+    ground, ink = uniform(0.05, 0.55, 3), uniform(0.35, 0.95, 3)  # mostly, ink is lighter
     picture = ground + uniform(-0.2, 0.2, 3) * x + uniform(-0.2, 0.2, 3) * y
-    picture = _spot(picture, uniform, x, y)  # one spot under the shape and, below, one on top of it
+    picture = _spot(picture, uniform, x, y)  # one spot under the shape, a second one on top of it
     picture = torch.lerp(picture, ink + uniform(-0.15, 0.15, 3) * x, shape)
     picture = _spot(picture, uniform, x, y)
     picture = torch.nn.functional.avg_pool2d(picture, 2)
@@ -60,14 +47,16 @@ def _draw(labels, size, generator):
     return ((picture + noise) * 255).clamp(0, 255).to(torch.uint8)
 
 
-def _spot(picture, uniform, x, y):
+def _spot(
+    picture: torch.Tensor, uniform: Callable, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
     radius, cx, cy = uniform(0.05, 0.25, 1), uniform(-1, 1, 1), uniform(-1, 1, 1)
     inside = ((x - cx) ** 2 + (y - cy) ** 2 < radius**2).float()
     return torch.lerp(picture, uniform(0.1, 0.9, 3), inside)
 
 
-def _inside(u, v):
-    """One boolean map [n, H, W] for each class, in coordinates where the shape has a radius of about one."""
+def _inside(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """For each class a map [n, H, W] of what is inside the shape, whose radius is about one."""
     r, theta = torch.hypot(u, v), torch.atan2(v, u)
     largest, smallest = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
     third = torch.remainder(theta, 2 * math.pi / 3) - math.pi / 3

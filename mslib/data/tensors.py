@@ -1,26 +1,38 @@
 """Images as tensors in memory or in batches from elsewhere: splits, augmentation, batches."""
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.utils.data import DataLoader
+
+from .identity import digest
 
 
 @dataclass(frozen=True)
 class Split:
-    """`images`: uint8 [N, 3, H, W]. `labels`: int64 [N]."""
+    """`images`: uint8 [N, C, H, W]. `labels`: int64 [N]. Others raise ValueError."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
-    def __len__(self):
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        dtypes = (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        if not dtypes or (images.dim(), labels.dim(), len(images)) != (4, 1, len(labels)):
+            raise ValueError(
+                "a Split takes images uint8 [N, C, H, W] and labels int64 [N]; got images "
+                f"{images.dtype} {list(images.shape)}, labels {labels.dtype} {list(labels.shape)}"
+            )
+
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
-    def subset(self, index):
+    def subset(self, index: torch.Tensor | range) -> "Split":
         return Split(self.images[index], self.labels[index])
 
 
@@ -28,78 +40,91 @@ class Split:
 class Data:
     """Training, validation (held out of training) and test images of one task.
 
-    Each is a `Split`, or, for images that do not fit into memory, an iterable of (float images, labels) batches with a
-    length, such as a DataLoader (see `load_folder`).
+    Each is a `Split`, or, for images that do not fit into memory, an iterable of (float images,
+    labels) batches with a length, such as a DataLoader (see `load_folder`).
+    Raises ValueError for anything else, for an empty split and for labels that have no class.
     """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
-    classes: tuple
+    train: Split | DataLoader
+    val: Split | DataLoader
+    test: Split | DataLoader
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            part = getattr(self, name)
+            if not hasattr(part, "__len__") or not len(part):
+                raise ValueError(
+                    f"{name} of Data: expected a Split, or batches with a length, such as a "
+                    f"DataLoader, that are not empty; got {part!r:.80}"
+                )
+            if isinstance(part, Split):
+                low, high = (int(label) for label in part.labels.aminmax())
+                if low < 0 or high >= len(self.classes):
+                    raise ValueError(
+                        f"{name} of Data: labels {low} to {high}, for {len(self.classes)} classes"
+                    )
 
     @property
-    def input_shape(self):
+    def input_shape(self) -> tuple[int, ...]:
         """(channels, height, width)"""
         return tuple(self.example.shape[1:])
 
     @cached_property
-    def example(self):
+    def example(self) -> torch.Tensor:
         """A float batch of one image, [1, C, H, W]: what `cost`, `prune` and `latency` take."""
-        return (
-            normalize(self.train.images[:1])
-            if isinstance(self.train, Split)
-            else next(iter(self.test))[0][:1]
-        )
+        part = self.train if isinstance(self.train, Split) else self.test
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number for its workers
+            images, _ = next(batches(part, 1))
+        if not images.is_floating_point() or images.dim() != 4:
+            raise ValueError(
+                f"batches of {self.name}: expected float images [N, C, H, W], "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        return images[:1]
 
     @cached_property
-    def fingerprint(self):
-        """Twelve hex digits that tell these images, labels and split from any others."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.val, self.test):
-            if isinstance(split, Split):
-                digest.update(split.images.numpy())
-                digest.update(split.labels.numpy())
-            else:  # batches from elsewhere: as far as one can tell without reading them all
-                images = len(getattr(split, "dataset", split))
-                digest.update(f"{self.name} {self.classes} {images} {self.input_shape}".encode())
-        return digest.hexdigest()[:12]
+    def fingerprint(self) -> str | None:
+        """Twelve hex digits that tell images, labels, their order and split, and what loads them.
 
-    def __repr__(self):
+        None where a DataLoader has what cannot be identified, as `digest` says.
+        """
+        return digest(self.classes, self.train, self.val, self.test)
+
+    def __repr__(self) -> str:
         shape = "×".join(map(str, self.input_shape))
-        splits = {name: getattr(self, name) for name in ("train", "val", "test")}
-        sizes = ", ".join(
-            f"{len(s):,} {name}{'' if isinstance(s, Split) else ' batches'}"
-            for name, s in splits.items()
-        )
-        return f"Data({self.name}: {len(self.classes)} classes, {shape}, {sizes})"
+        sizes = []
+        for name in ("train", "val", "test"):
+            part = getattr(self, name)
+            sizes.append(f"{len(part):,} {name}{'' if isinstance(part, Split) else ' batches'}")
+        return f"Data({self.name}: {len(self.classes)} classes, {shape}, {', '.join(sizes)})"
 
 
-def normalize(images):
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [N, C, H, W] to float with mean about 0 and deviation about 1, channels last."""
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(120.0).div_(64.0)
 
 
-def augment(images, draws):
+def augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Random crop after padding by an eighth of the side (4 pixels for 32×32), random mirror.
 
     `images`: uint8 [N, C, H, W]. `draws`: int64 [3, N] on their device, from `draw`.
     """
-    n, c, h, w = images.shape
+    n, _, h, w = images.shape
     pad = _pad(h)
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    top, left, mirror = draws[:, :, None]
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    top, left, mirror = draws[:, :, None]  # [N, 1] each
     rows = top + torch.arange(h, device=images.device)  # [N, H]
     columns = torch.arange(w, device=images.device).expand(n, w)
     columns = left + torch.where(mirror > 0, w - 1 - columns, columns)  # [N, W]
     batch = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    chosen = padded[batch, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
+    return chosen.permute(0, 3, 1, 2)
 
 
-def draw(n, height, generator):
-    """What `augment` needs for `n` images of `height` pixels: offset from the top, from the left, mirrored; int64 [3, n].
+def draw(n: int, height: int, generator: torch.Generator) -> torch.Tensor:
+    """What `augment` needs for `n` images: offset from top, from left, mirrored; int64 [3, n].
 
     From a CPU generator, so that every device sees the same images.
     """
@@ -107,15 +132,20 @@ def draw(n, height, generator):
     return torch.cat([offsets[..., 0], (torch.rand(1, n, generator=generator) < 0.5).long()])
 
 
-def _pad(height):
+def _pad(height: int) -> int:
     return max(1, height // 8)
 
 
-def batches(split, size, generator=None, share=(0, 1)):
-    """Yield (float images, labels) of `size`: shuffled, augmented and even with a generator, in order without.
+def batches(
+    split: Split | DataLoader,
+    size: int,
+    generator: torch.Generator | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(float images, labels) of `size`: with a generator shuffled, augmented and even.
 
-    `split`: or an iterable of such batches, a DataLoader, which is then taken as it is. `share`: (i, n) for every n-th
-    image of each batch from the i-th on.
+    `split`: or an iterable of such batches, a DataLoader, which is then taken as it is.
+    `share`: (i, n) for every n-th image of each batch from the i-th on.
     """
     if not isinstance(split, Split):
         yield from split
@@ -125,18 +155,15 @@ def batches(split, size, generator=None, share=(0, 1)):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]
         return
     device, mine = split.labels.device, slice(share[0], None, share[1])
-    order, steps = (
-        torch.randperm(len(split), generator=generator).to(device),
-        range(steps_per_epoch(split, size)),
-    )
+    order = torch.randperm(len(split), generator=generator).to(device)
+    height, n = split.images.shape[2], min(size, len(split))
+    steps = range(steps_per_epoch(split, size))
     # an epoch's draws go to the device at once: nothing waits for it between the batches
-    draws = torch.stack(
-        [draw(min(size, len(split)), split.images.shape[2], generator) for _ in steps]
-    ).to(device)
+    draws = torch.stack([draw(n, height, generator) for _ in steps]).to(device)  # [steps, 3, n]
     for i in steps:
         index = order[i * size : (i + 1) * size]
         yield normalize(augment(split.images[index], draws[i])[mine]), split.labels[index][mine]
 
 
-def steps_per_epoch(split, size):
+def steps_per_epoch(split: Split | DataLoader, size: int) -> int:
     return max(1, len(split) // size) if isinstance(split, Split) else len(split)

@@ -1,44 +1,49 @@
-"""The channel graph: which layers share a channel, found by watching the network run, not by layer names.
+"""The channel graph: which layers share a channel, found by watching the network run.
 
-Every channel that a layer makes gets an id. `Tracer` follows the ids through the network and joins those that can only
-go together; here the result is checked and asked. Channels that ended up with one root go together or stay together.
+Every channel that a layer makes gets an id. `Tracer` follows the ids through the network and joins
+those that can only go together. Here the result is checked, and asked. Channels whose ids have one
+root go together or stay together.
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import nearest, reason
 from ..networks import call, sync_widths, unwrap
-from .labels import NO_CHANNEL, Notes, Weight, named_weight
+from .labels import NO_CHANNEL, Notes, Weight
 from .trace import Tracer, outputs_of
 
 
 class ChannelGraph:
-    """The channels of `model` and the layers that share them; traced once, it may stand for model and example anywhere.
+    """The channels of `model` and the layers that share them.
 
-    model: any network with BatchNorms; wrappers (DataParallel, torch.compile) are taken off. It is not changed: a copy
-    without numbers runs, in evaluation mode. example: what its forward takes, such as float [N, C, H, W]; a tuple or a
-    dict of tensors for several inputs.
+    It is traced once, and may stand for the model and the example wherever these are asked for.
 
-    `outputs`, `norms`, `inputs`: module name -> ids of the channels that it writes, scales, reads (int64).
+    model: any network with BatchNorms; wrappers (DataParallel, torch.compile) are taken off. It is
+    not changed: a copy without numbers runs, in evaluation mode. example: what its forward takes,
+    such as float [N, C, H, W]; a tuple or a dict of several inputs.
+
+    `outputs`, `norms`, `inputs`: module name -> ids of the channels it writes, scales, reads.
     `root[id]`: the id that stands for all that go with it. `reasons`: root -> why it must stay.
     `norm_after`: layer -> the BatchNorm that alone reads it; `conv_before`: the other way round.
 
-    Raises ValueError for a network that cannot be traced, has layers that the example does not reach, or computes its
-    weights on the way (weight_norm …), with the remedy.
+    Raises ValueError for a network that cannot be traced, has layers that the example does not
+    reach, or computes its weights on the way (weight_norm …), with the remedy.
     """
 
-    def __init__(self, model: nn.Module, example):
+    def __init__(self, model: nn.Module, example: Any):
         self.model, self.example = unwrap(model), example
-        self.modules = dict(self.model.named_modules())
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
         _refuse_reparametrized(self.modules)
         _refuse_example(self.model, example)
-        self.notes = self._trace(Notes(), self._weights())
+        self.notes = Notes()
+        self._trace(self.notes, self._weights())
         self._settle()
         self._probe_all()
 
@@ -49,52 +54,52 @@ class ChannelGraph:
 
     # ---- tracing ----
 
-    def _weights(self) -> dict[str, Weight]:
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        return {name: named_weight(name, data.detach()) for name, data in named}
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
 
-    def _trace(self, notes: Notes, weights: dict[str, Weight]) -> Notes:
-        """Run a copy without numbers, with weights of the shapes in `weights`, and fill `notes`."""
-        bare, known, names = (
-            {},
-            {},
-            {},
-        )  # by the id of a tensor here: its copy; of the copy: its weight; here: its name
-        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+    def _weights(self) -> dict[str, Weight]:
+        return {name: Weight.named(name, tensor.detach()) for name, tensor in self._tensors()}
+
+    def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
+        """Run a copy without numbers, with weights of the shapes in `weights`; fill `notes`."""
+        bare, known = {}, {}  # id of a tensor here -> its copy; id of the copy -> its weight
+        for name, tensor in self._tensors():
             empty = torch.empty(weights[name].data.shape, dtype=tensor.dtype, device="meta")
-            bare[id(tensor)] = (
-                nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-            )
-            known[id(bare[id(tensor)])], names[id(tensor)] = weights[name], name
+            is_parameter = isinstance(tensor, nn.Parameter)
+            bare[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
+            known[id(bare[id(tensor)])] = weights[name]
         for m in self.modules.values():  # tensors that are neither parameters nor buffers
             for value in vars(m).values():
                 if isinstance(value, torch.Tensor):
                     bare.setdefault(id(value), value.to("meta"))
         model = copy.deepcopy(self.model, bare).eval()
-        for name, ids in notes.depthwise.items():
+        for name, ids in notes.depthwise.items():  # of a network that is cut
             model.get_submodule(name).groups = len(ids)
         tracer = Tracer(notes, known, self.modules)
         try:
             with torch.no_grad(), tracer:
-                out = call(sync_widths(model), _without_numbers(self.example))
+                out = call(sync_widths(model), tree_map(_without_numbers, self.example))
         except Exception as error:
             raise ValueError(
-                f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. Its forward must run on "
-                "an example of the right size and type, and must not branch on the values of tensors"
+                f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "
+                "Its forward must run on an example of the right size and type, and must not "
+                "branch on the values of tensors"
             ) from error
         for value in outputs_of(out, tracer.values):
             notes.keep(value.ids, "it is an output of the network")
-        self._refuse_unreached(tracer.touched, names)
-        return notes
+        self._refuse_unreached(tracer.touched)
 
-    def _refuse_unreached(self, touched: set[str], names: dict[int, str]) -> None:
-        """Layers that the run did not use might use channels that are cut, where it takes another way."""
+    def _refuse_unreached(self, touched: set[str]) -> None:
+        """What a layer reads that the run did not use is not known: in training it may be
+        called."""
+        reached = {id(tensor) for name, tensor in self._tensors() if name in touched}
         for layer, m in self.modules.items():
-            own = [names[id(p)] for p in m.parameters(recurse=False)]
-            if own and not touched.intersection(own):
+            own = {id(p) for p in m.parameters(recurse=False)}
+            if own and not own & reached:
                 raise ValueError(
-                    f"{type(self.model).__name__}: the example does not reach the layer {layer!r} in evaluation mode, so "
-                    "what it reads cannot be followed. Remove it (an auxiliary head, for instance), or call it in forward"
+                    f"{type(self.model).__name__}: the example does not reach {layer!r} in "
+                    "evaluation mode, so what it reads cannot be followed. Remove it (an "
+                    "auxiliary head, for instance), or let forward call it"
                 )
 
     def _settle(self) -> None:
@@ -104,133 +109,107 @@ class ChannelGraph:
         self.calls = Counter(name for name, _ in notes.reads)
         self.root = notes.roots(torch.arange(len(notes.parent)))
         self.reasons: dict[int, str] = {}
-        for ids, why in [
-            *notes.kept,
-            (torch.tensor([NO_CHANNEL]), "it meets padding, or a tensor that has no channels"),
-        ]:
-            for root in self.root[ids].unique().tolist():
+        never = (torch.tensor([NO_CHANNEL]), "it meets padding, or a tensor without channels")
+        for ids, why in [*notes.kept, never]:
+            for root in set(self.root[ids].flatten().tolist()):
                 self.reasons.setdefault(root, why)
-        seen = [
-            (value, conv, norm) for value, conv, norm in notes.before_norm if value.readers == 1
-        ]
-        self.norm_after = {conv: norm for _, conv, norm in seen if conv in self.outputs}
-        self.gated = torch.zeros(
-            len(self.root), dtype=torch.bool
-        )  # [ids]: some reader sees more of it than a constant
+        alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
+        self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
+        gated = torch.zeros(len(self.root), dtype=torch.bool)
         for name, constants in notes.constants.items():
-            ids = self.inputs[name]
-            self.gated[self.root[ids[constants.isnan()]]] = True
-        self.gated = self.gated[self.root]
+            gated[self.root[self.inputs[name][constants.isnan()]]] = True
+        self.gated = gated[self.root]  # bool [ids]: some reader sees more of it than a constant
 
     # ---- probing: a cut network must do with what is left what this one did ----
 
     def _probe_all(self) -> None:
-        """Cut about half of everything, on a copy without numbers, and trace it: nothing new may turn up.
+        """Cut about half of everything, and trace that: nothing new may turn up.
 
-        Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something does.
+        Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
+        does. Then the suspects that the trace had passed are cut alone, the last ones first.
         """
-        parts = [*self.notes.rigid, *((ids, "the forward") for ids in self.norms.values())]
-        stiff = self._rigid(parts)
-        for ids, what in stiff:
-            self.notes.keep(ids, f"{what} counts on its number of channels")
+        while (passed := self._probe(self._free())) is not None:
+            for ids, what in reversed(self.notes.rigid[:passed]):
+                some = self._free() & torch.isin(self.root, self.root[ids])
+                if some.any() and self._probe(some) is not None:
+                    self.notes.keep(ids, f"{what} counts on its number of channels")
+                    break
+            else:
+                for ids in self.norms.values():
+                    self.notes.keep(ids, "the forward counts on its number of channels")
             self._settle()
-        if stiff and not self._probe(self._sample(self._free())):
-            for ids in self.norms.values():
-                self.notes.keep(ids, "the forward counts on its number of channels")
-            self._settle()
-
-    def _rigid(self, parts: list[tuple[torch.Tensor, str]]) -> list[tuple[torch.Tensor, str]]:
-        """Those of `parts` (ids, what they passed) of which nothing can be cut, found by halving."""
-        ids = torch.cat([ids.flatten() for ids, _ in parts] or [torch.zeros(0, dtype=torch.long)])
-        some = self._free() & torch.isin(self.root, self.root[ids])
-        if self._probe(self._sample(some)):
-            return []
-        if len(parts) == 1:
-            return parts
-        middle = len(parts) // 2
-        return self._rigid(parts[:middle]) + self._rigid(parts[middle:])
 
     def _free(self) -> torch.Tensor:
         """Bool [ids]: some BatchNorm scales it, and nothing keeps it."""
         free = torch.zeros(len(self.root), dtype=torch.bool)
-        for ids in self.norms.values():
-            free[self.root[ids]] = True
+        free[self.root[torch.cat([torch.tensor([NO_CHANNEL]), *self.norms.values()])]] = True
         free[list(self.reasons)] = False
         return free[self.root]
 
-    def _sample(self, free: torch.Tensor) -> torch.Tensor:
-        """About half of the `free` ids, bool [ids]; every layer keeps a channel."""
-        generator = torch.Generator().manual_seed(0)
-        drop = (torch.rand(len(free), generator=generator) < 0.5)[self.root] & free
-        while emptied := self.emptied(drop):
-            drop[self.root == self.root[self.outputs[emptied[0]][0]]] = False
-        return self._with_copies(drop)
+    def _probe(self, free: torch.Tensor) -> int | None:
+        """Trace the network without about half of the ids in `free` (bool [ids]).
 
-    def _probe(self, drop: torch.Tensor) -> bool:
-        """Whether the network without the ids in `drop` (bool [ids]) reads just what is left of them."""
+        None if it reads just what is left of them; else how many `rigid` places it had passed.
+        """
+        have, drop = self.notes, self._sample(free)
         if not drop.any():
-            return True
-        have = self.notes
-        left = Notes(
-            have.parent.clone(), {name: ids[~drop[ids]] for name, ids in have.made.items()}
-        )
-        left.depthwise = {name: ids[~drop[ids]] for name, ids in have.depthwise.items()}
+            return None
+        left = Notes(have.parent.clone(), {n: ids[~drop[ids]] for n, ids in have.made.items()})
+        left.depthwise = {n: ids[~drop[ids]] for n, ids in have.depthwise.items()}
         left.dense_before = frozenset(have.outputs.keys() - have.depthwise.keys())
         try:
             self._trace(left, self._weights_left(drop))
         except ValueError:
-            return False
+            return len(left.rigid)
+        for (name, ids), (other, whole) in zip(left.reads, have.reads, strict=False):
+            if name != other or not torch.equal(self.root[ids], self.root[whole[~drop[whole]]]):
+                return len(left.rigid)
         joined = not torch.equal(left.roots(torch.arange(len(left.parent))), self.root)
         kept = {root for ids, _ in left.kept for root in self.root[ids].flatten().tolist()}
-        wanted = [(name, self.root[ids[~drop[ids]]]) for name, ids in have.reads]
-        if joined or not kept <= self.reasons.keys() or len(left.reads) != len(wanted):
-            return False
-        pairs = zip(left.reads, wanted, strict=True)
-        return all(a == b and torch.equal(self.root[row], rest) for (a, row), (b, rest) in pairs)
+        fine = not joined and kept <= self.reasons.keys() and len(left.reads) == len(have.reads)
+        return None if fine else len(left.rigid)
+
+    def _sample(self, free: torch.Tensor) -> torch.Tensor:
+        """About half of the `free` ids, bool [ids]; every layer keeps a channel."""
+        coin = torch.rand(len(free), generator=torch.Generator().manual_seed(0)) < 0.5
+        drop = coin[self.root] & free
+        while emptied := self.emptied(drop):
+            drop[self.root == self.root[self.outputs[emptied[0]][0]]] = False
+        return self._with_copies(drop)
 
     def _weights_left(self, drop: torch.Tensor) -> dict[str, Weight]:
         """The weights of the network without the ids in `drop`: their shapes only."""
-        shapes = {name: list(weight.data.shape) for name, weight in self._weights().items()}
+        shapes = {name: list(tensor.shape) for name, tensor in self._tensors()}
         for (name, axis), ids in self.notes.slices.items():
             shapes[name][axis] = int((~drop[ids]).sum())
         left = {}
         for name, weight in self._weights().items():
-            left[name] = Weight(
-                name, torch.empty(shapes[name], dtype=weight.data.dtype, device="meta"), weight.axis
-            )
-        for name in self.notes.shortcuts:
+            empty = torch.empty(shapes[name], dtype=weight.data.dtype, device="meta")
+            left[name] = Weight(name, empty, weight.axis)
+        for name in self.notes.copies:
             left[f"{name}.source"] = Weight(f"{name}.source", self.source_left(name, drop), 0)
         return left
-
-    def source_left(self, name: str, drop: torch.Tensor) -> torch.Tensor:
-        """What is left of the `source` of a PaddedShortcut, renumbered (int64 [channels written])."""
-        read, written, source, _ = self.notes.shortcuts[name]
-        kept = ~drop[read]
-        place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
-        return place[source[~drop[written]]]
 
     # ---- answers ----
 
     def prunable_norms(self, residual: bool = False, keep: Iterable[str] = ()) -> list[str]:
         """Names of the BatchNorms whose channels can be removed, in the order of the network.
 
-        residual: also those whose channels take part in an addition, not only a block's inner ones. keep: names of
-        modules that are to stay as they are, with all that they write, scale and read. ValueError for an unknown name.
+        residual: also those whose channels take part in an addition, not only a block's inner ones.
+        keep: names of modules that are to stay as they are, with all they write, scale and read.
+        Raises ValueError for an unknown name in `keep`.
         """
-        stay = set(self.reasons) | self._kept_by(keep)
+        stay = set(self.reasons) | self._kept_by([keep] if isinstance(keep, str) else keep)
         if self.notes.added and not residual:
             stay.update(self.root[torch.cat(self.notes.added)].tolist())
-        return [
-            name for name, ids in self.norms.items() if stay.isdisjoint(self.root[ids].tolist())
-        ]
+        return [n for n, ids in self.norms.items() if stay.isdisjoint(self.root[ids].tolist())]
 
     def _kept_by(self, keep: Iterable[str]) -> set[int]:
         stay: set[int] = set()
-        for prefix in [keep] if isinstance(keep, str) else keep:
+        for prefix in keep:
             if prefix not in self.modules:
-                raise ValueError(
-                    f"keep={prefix!r}: the network has no such module{nearest(prefix, self.modules)}"
-                )
+                hint = nearest(prefix, self.modules)
+                raise ValueError(f"keep={prefix!r}: the network has no such module{hint}")
             for table in (self.outputs, self.norms, self.inputs):
                 for name, ids in table.items():
                     if name == prefix or name.startswith(f"{prefix}."):
@@ -239,20 +218,19 @@ class ChannelGraph:
 
     def reason(self, norm: str) -> str:
         """Why BatchNorm `norm` cannot be pruned; empty if it can."""
-        return next(
-            (self.reasons[r] for r in self.root[self.norms[norm]].tolist() if r in self.reasons), ""
-        )
+        roots = self.root[self.norms[norm]].tolist()
+        return next((self.reasons[r] for r in roots if r in self.reasons), "")
 
     def dropped(self, masks: dict[str, torch.Tensor]) -> torch.Tensor:
         """Bool [ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
-        every = [
-            masks[n].cpu() if n in masks else torch.ones(len(ids), dtype=torch.bool)
-            for n, ids in self.norms.items()
-        ]
-        scaled = self.root[torch.cat([*self.norms.values(), torch.tensor([NO_CHANNEL])])]
+        never = torch.tensor([NO_CHANNEL])
+        scaled = self.root[torch.cat([never, *self.norms.values()])]
+        every = [torch.ones(len(ids), dtype=torch.bool) for ids in self.norms.values()]
+        for i, name in enumerate(self.norms):
+            every[i] = masks[name].cpu() if name in masks else every[i]
         keep = torch.ones(len(self.root), dtype=torch.bool)
         keep[scaled] = False
-        keep[scaled[torch.cat([*every, torch.tensor([True])])]] = True
+        keep[scaled[torch.cat([never == NO_CHANNEL, *every])]] = True
         keep[list(self.reasons)] = True
         return self._with_copies(~keep[self.root])
 
@@ -260,42 +238,39 @@ class ChannelGraph:
         """A channel that copies one of the stage before is empty only if that one goes too."""
         while True:
             before = drop.clone()
-            for read, written, source, _ in self.notes.shortcuts.values():
+            for read, written, source, _ in self.notes.copies.values():
                 copies = source > 0
                 alone = drop[written[copies]] & ~drop[read[source[copies] - 1]]
                 drop[torch.isin(self.root, self.root[written[copies][alone]])] = False
             if torch.equal(before, drop):
                 return drop
 
+    def source_left(self, shortcut: str, drop: torch.Tensor) -> torch.Tensor:
+        """What is left of the `source` of a PaddedShortcut, renumbered: int64 [channels
+        written]."""
+        read, written, source, _ = self.notes.copies[shortcut]
+        kept = ~drop[read]
+        place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
+        return place[source[~drop[written]]]
+
     def shares_left(self, drop: torch.Tensor) -> dict[str, float]:
-        """Layer -> the share of its MACs that is left without the ids in `drop` (see `dropped`)."""
+        """Layer -> the share of its MACs that is left without the ids in `drop`."""
         shares = dict.fromkeys([*self.inputs, *self.outputs], 1.0)
         for table in (self.inputs, self.outputs):
-            for name, ids, left in zip(table, table.values(), _left(table, drop), strict=True):
+            for (name, ids), left in zip(table.items(), _left(table, drop), strict=True):
                 shares[name] *= left / len(ids)
         return shares
 
     def emptied(self, drop: torch.Tensor) -> list[str]:
-        """Names of the layers of which `drop` (see `dropped`) leaves nothing."""
-        return [
-            name
-            for name, left in zip(self.outputs, _left(self.outputs, drop), strict=True)
-            if not left
-        ]
+        """Names of the layers of which nothing is left without the ids in `drop`."""
+        lefts = zip(self.outputs, _left(self.outputs, drop), strict=True)
+        return [name for name, left in lefts if not left]
 
 
-def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
-    """How many ids of each row of `table` are left without those in `drop`, all rows at once."""
-    if not table:
-        return []
-    kept = torch.cat(
-        [torch.zeros(1, dtype=torch.long), (~drop[torch.cat([*table.values()])]).cumsum(0)]
-    )
-    ends = torch.tensor([len(ids) for ids in table.values()]).cumsum(0)
-    return kept[ends].diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+Network = nn.Module | ChannelGraph  # a model, to be given with an example, or its graph
 
 
-def as_graph(model: "nn.Module | ChannelGraph", example=None) -> ChannelGraph:
+def as_graph(model: Network, example: Any = None) -> ChannelGraph:
     """The graph of a model and an example; one that was made before is handed through.
 
     Raises ValueError if the example is missing.
@@ -304,47 +279,53 @@ def as_graph(model: "nn.Module | ChannelGraph", example=None) -> ChannelGraph:
         return model
     if example is None:
         raise ValueError(
-            f"an example input is needed to follow the channels of {type(model).__name__}: give one batch of images, "
-            "such as data.example or torch.zeros(1, 3, 32, 32)"
+            f"an example input is needed to follow the channels of {type(model).__name__}: give "
+            "one batch of images, such as data.example or torch.zeros(1, 3, 32, 32)"
         )
     return ChannelGraph(model, example)
 
 
-def _without_numbers(example):
-    return torch.utils._pytree.tree_map(
-        lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, example
-    )
+def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
+    """How many ids of each row of `table` are left without those in `drop`, all rows at once."""
+    zero = torch.zeros(1, dtype=torch.long)
+    kept = (~drop[torch.cat([zero, *table.values()])]).cumsum(0)
+    ends = torch.tensor([0, *(len(ids) for ids in table.values())]).cumsum(0)
+    return kept[ends].diff().tolist()
 
 
-def _refuse_example(model: nn.Module, example) -> None:
+def _without_numbers(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+def _refuse_example(model: nn.Module, example: Any) -> None:
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if kind is None:
         raise ValueError(
-            f"{type(model).__name__} has no floating-point parameters: quantized networks cannot be pruned"
+            f"{type(model).__name__} has no floating-point parameters: there is nothing to prune, "
+            "or it is quantized; prune it before quantizing"
         )
-    for x in torch.utils._pytree.tree_leaves(example):
+    for x in tree_leaves(example):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != kind:
             raise ValueError(
-                f"the example is {x.dtype}, the network {kind}; give the example as example.to({kind})"
+                f"the example is {x.dtype}, the network {kind}: give example.to({kind})"
             )
 
 
-def _refuse_reparametrized(modules: dict[str, nn.Module]) -> None:
-    """Layers whose weight is computed from others before every forward cannot be cut: say how to undo that."""
+def _refuse_reparametrized(modules: dict[str, Any]) -> None:
+    """A weight that is computed from others before every forward cannot be cut: say what helps."""
     for name, m in modules.items():
-        keys = m._parameters.keys()
         remedy = ""
         if hasattr(m, "parametrizations"):
-            kind = next(iter(m.parametrizations))
-            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {kind!r})"
-        elif "weight_g" in keys:
+            key = next(iter(m.parametrizations))
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {key!r})"
+        elif "weight_g" in m._parameters:
             remedy = "torch.nn.utils.remove_weight_norm(layer)"
-        elif "weight_orig" in keys and "weight_u" in m._buffers:
+        elif "weight_orig" in m._parameters and "weight_u" in m._buffers:
             remedy = "torch.nn.utils.remove_spectral_norm(layer)"
-        elif any(key.endswith("_orig") for key in keys):
+        elif "weight_orig" in m._parameters:
             remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
         if remedy:
             raise ValueError(
-                f"the weight of {name!r} is computed from other tensors; make it an ordinary one first: "
-                f"layer = model.get_submodule({name!r}); {remedy}"
+                f"the weight of {name!r} is computed from other tensors; make it an ordinary one "
+                f"first: layer = model.get_submodule({name!r}); {remedy}"
             )

@@ -1,19 +1,20 @@
 """The groups of channels that can only be removed together, for people to read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from ..costs import cost
-from .channels import ChannelGraph, as_graph
+from .channels import Network, as_graph
 from .labels import NO_CHANNEL
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module names)."""
+    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module
+    names)."""
 
     size: int
     writers: tuple
@@ -23,15 +24,20 @@ class Group:
     macs: int = 0  # multiply-accumulates of one image that would go with all of it
 
     def __str__(self) -> str:
-        text = f"{self.size} channels: {short(self.writers)} -> {short(self.norms) or 'no BatchNorm'} -> {short(self.readers)}"
-        return text + (f"  [kept: {self.reason}]" if self.reason else "")
+        norms, kept = (
+            short(self.norms) or "no BatchNorm",
+            self.reason and f"  [kept: {self.reason}]",
+        )
+        path = f"{short(self.writers)} -> {norms} -> {short(self.readers)}"
+        return f"{self.size} channels: {path}{kept}"
 
 
 class Groups(list):
     """A list of `Group`s that prints as a table, in a terminal and in a notebook."""
 
     def table(self) -> pd.DataFrame:
-        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not), and MACs."""
+        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not),
+        and MACs."""
         rows = [
             {
                 "channels": g.size,
@@ -56,19 +62,21 @@ def short(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def channel_groups(model: nn.Module | ChannelGraph, example=None) -> Groups:
-    """The `Groups` of `model`, in the order of the network; print them to read which layers move together, and why.
+def channel_groups(model: Network, example: Any = None) -> Groups:
+    """The `Groups` of `model`, in the order of the network; print them to read which layers move
+    together, and why.
 
-    example: what the network's forward takes, such as float [N, C, H, W] (left out for a `ChannelGraph`).
-    Raises ValueError when the network cannot be traced.
+    example: what the network's forward takes, such as float [N, C, H, W] (left out for a
+    `ChannelGraph`). Raises ValueError when the network cannot be traced.
     """
     graph = as_graph(model, example)
-    touching = {}  # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    touching: dict[int, tuple[dict, dict, dict]] = {}
     for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
         for name, ids in table.items():
             for root in set(graph.root[ids].tolist()) - {NO_CHANNEL}:
                 touching.setdefault(root, ({}, {}, {}))[place][name] = None
-    members = {}
+    members: dict[tuple, list[int]] = {}
     for root, places in touching.items():
         members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(
             root

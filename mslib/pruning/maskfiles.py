@@ -26,12 +26,14 @@ def save_masks(masks, path):
 
 
 def load_masks(path, model=None, example=None, means="keep"):
-    """The masks in a file: of `save_masks`, or, with `model`, in a form of others, checked against the network.
+    """The masks in a file: of `save_masks`, or, with `model`, in a form of others, checked against
+    the network.
 
-    Such a file is a .json, or a .pt of plain tensors: a dict of layer -> channels. A layer goes by the name of its
-    BatchNorm or of the convolution before it ("module." in front and ".weight" behind are passed over). Its channels are
-    a bool, or a 0 or 1, for each of them, or a list of indices. `means`: what is True or listed is to "keep" or to "drop".
-    A log line tells which channels stay although the masks drop them, as other layers share and keep them.
+    Such a file is a .json, or a .pt of plain tensors: a dict of layer -> channels. A layer goes by
+    the name of its BatchNorm or of the convolution before it ("module." in front and ".weight"
+    behind are passed over). Its channels are a bool, or a 0 or 1, for each of them, or a list of
+    indices. `means`: what is True or listed is to "keep" or to "drop". A log line tells which
+    channels stay although the masks drop them, as other layers share and keep them.
 
     Raises ValueError that names the layer, what was found and what was expected.
     """

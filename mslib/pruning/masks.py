@@ -1,49 +1,50 @@
-"""Keep-masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. How to make one, and how to check one."""
+"""Keep-masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. How to make one,
+and how to check one."""
 
 import logging
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..costs import cost
 from ..files import nearest
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 from .groups import short
 from .scores import Scores, gammas, shared_scores
 
 log = logging.getLogger("mslib")
+ONE = "keep at least one, or nothing passes the layer"
 
 Masks = dict[str, torch.Tensor]
 
 
 def masks_below(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     threshold: float = 0.01,
     residual: bool = False,
     keep: Iterable[str] = (),
 ) -> Masks:
-    """Drop every channel with |γ| < `threshold`; a layer that would be emptied keeps its largest (and a log line says so).
+    """Drop every channel with |γ| < `threshold`; a layer that would be emptied keeps its largest
+    (and a log line says so).
 
-    Network Slimming and MaskSparsity prune by such a threshold (0.01 in MaskSparsity's released scripts). residual:
-    channels that blocks share, too. keep: names of modules to leave alone.
+    Network Slimming and MaskSparsity prune by such a threshold (0.01 in MaskSparsity's released
+    scripts). residual: channels that blocks share, too. keep: names of modules to leave alone.
 
     Raises ValueError for a threshold that is not above 0, or an unknown name in `keep`.
     """
     if not threshold > 0:
-        raise ValueError(
-            f"threshold {threshold}: |γ| is compared with it, so it must be above 0, for example 0.01"
-        )
+        raise ValueError(f"threshold {threshold}: must be above 0, for example 0.01")
     graph = as_graph(model, example)
     scores = shared_scores(graph, _told_apart(gammas(graph, None, residual, keep)))
     return _with_floor(graph, {name: s >= threshold for name, s in scores.items()}, scores)
 
 
 def masks_for_macs(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     reduction: float = 0.5,
     residual: bool = False,
     scores: Scores | None = None,
@@ -51,25 +52,26 @@ def masks_for_macs(
     round_to: int = 1,
     keep: Iterable[str] = (),
 ) -> Masks:
-    """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is gone.
+    """Drop the channels of lowest score, over all layers alike, until `reduction` of the MACs is
+    gone.
 
-    reduction: fraction of the MACs to remove, in (0, 1). scores: dict like the masks, the higher the more worth
-    keeping; default |γ|. floor: share of its channels that every layer keeps at least; one it keeps in any case.
-    round_to: every layer keeps a multiple of so many channels, or all; 8 or 16 suit the vectors of processors.
-    residual: channels that blocks share, too. keep: names of modules to leave alone.
-    The result is the smallest cut that reaches the goal; of equal scores the first go, layer by layer in turns.
+    reduction: fraction of the MACs to remove, in (0, 1). scores: dict like the masks, the higher
+    the more worth keeping; default |γ|. floor: share of its channels that every layer keeps at
+    least; one it keeps in any case. round_to: every layer keeps a multiple of so many channels, or
+    all; 8 or 16 suit the vectors of processors. residual: channels that blocks share, too. keep:
+    names of modules to leave alone. The result is the smallest cut that reaches the goal; of equal
+    scores the first go, layer by layer in turns.
 
-    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be reached, a floor
-    outside [0, 1), a round_to below 1, or scores of unknown BatchNorms.
+    Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be
+    reached, a floor outside [0, 1), a round_to below 1, or scores of unknown BatchNorms.
     """
     _check_goal(reduction, floor, round_to)
     graph = as_graph(model, example)
     layers, free = cost(graph.model, graph.example).layers, gammas(graph, None, residual, keep)
     for name in scores or ():
         if name not in graph.norms:
-            raise ValueError(
-                f"scores for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
-            )
+            hint = nearest(name, graph.norms)
+            raise ValueError(f"scores for {name!r}: the network has no such BatchNorm{hint}")
     chosen = _told_apart(free) if scores is None else scores
     chosen = {name: s for name, s in chosen.items() if scores is None or not keep or name in free}
     if not chosen:
@@ -87,12 +89,11 @@ def masks_for_macs(
     most = 1 - remaining_macs(graph, cut(most_dropped), layers) / total
     if most < reduction:
         rounded = f" and multiples of {round_to}" if round_to > 1 else ""
-        further = (
-            scores is None and not residual and len(graph.prunable_norms(True, keep)) > len(chosen)
-        )
+        more = scores is None and len(graph.prunable_norms(True, keep)) > len(chosen)
         raise ValueError(
-            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer{rounded} {most:.1%} of the "
-            f"MACs are gone{'; residual=True reaches further' if further else ''}"
+            f"reduction {reduction} is out of reach: with {_least(floor)} left in each layer"
+            f"{rounded} {most:.1%} of the MACs are gone"
+            f"{'; residual=True reaches further' if more else ''}"
         )
     goal = (1 - reduction) * total
     return cut(
@@ -102,54 +103,53 @@ def masks_for_macs(
 
 
 def masks_for_ratio(
-    model: nn.Module | ChannelGraph,
-    example=None,
+    model: Network,
+    example: Any = None,
     reduction: float | dict[str, float] = 0.5,
     scores: Scores | None = None,
 ) -> Masks:
     """Drop the given share of each layer's channels (or weights), those of lowest score.
 
-    reduction: a fraction in [0, 1) for each layer alike; or a dict[module -> fraction], each layer by the innermost
-    module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}. A layer loses ⌈fraction · size⌉, as in the
-    code of Growing Regularization, and keeps at least one.
-    scores: `gammas` (the default), `filter_norms` or `weight_norms` of the model, or any dict like them. Masks of single
-    weights need no example.
+    reduction: a fraction in [0, 1) for each layer alike; or a dict[module -> fraction], each layer
+    by the innermost module that it lies in, others whole: {"stage1": 0.75, "stage3": 0.32}. A layer
+    loses ⌈fraction · size⌉, as in the code of Growing Regularization, and keeps at least one.
+    scores: `gammas` (the default), `filter_norms` or `weight_norms` of the model, or any dict like
+    them. Masks of single weights need no example.
 
     Raises ValueError for a fraction outside [0, 1) or a module without such layers.
     """
     each = reduction if isinstance(reduction, dict) else {"": reduction}
-    channels = scores is None or all(s.ndim == 1 for s in scores.values())
-    graph = as_graph(model, example) if channels else None
-    chosen = gammas(graph) if scores is None else scores
+    if scores is None:
+        model = as_graph(model, example)
+        scores = gammas(model)
+    channels = all(s.ndim == 1 for s in scores.values())  # of channels, not of weights
     for prefix, fraction in each.items():
         if not 0 <= fraction < 1:
             raise ValueError(
                 f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5"
             )
-        if not any(_within(name, prefix) for name in chosen):
-            raise ValueError(
-                f"reduction for {prefix!r}: no such layer; there are {', '.join(list(chosen)[:3])} …"
-            )
-    if graph:
-        chosen = shared_scores(graph, chosen)
+        if not any(_within(name, prefix) for name in scores):
+            some = ", ".join(list(scores)[:3])
+            raise ValueError(f"reduction for {prefix!r}: no such layer; there are {some} …")
+    graph = as_graph(model, example) if channels else None
+    scores = shared_scores(graph, scores) if graph else scores
     masks = {}
-    for name, s in chosen.items():
+    for name, s in scores.items():
         fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=""), 0)
-        lowest = s.flatten().argsort(stable=True)[
-            : min(math.ceil(fraction * s.numel()), s.numel() - 1)
-        ]
-        masks[name] = (
-            torch.ones(s.numel(), dtype=torch.bool).index_fill(0, lowest, False).reshape(s.shape)
-        )
-    return _with_floor(graph, masks, chosen) if graph else masks
+        count = min(math.ceil(fraction * s.numel()), s.numel() - 1)
+        mask = torch.ones(s.numel(), dtype=torch.bool)
+        mask[s.flatten().argsort(stable=True)[:count]] = False
+        masks[name] = mask.reshape(s.shape)
+    return _with_floor(graph, masks, scores) if graph else masks
 
 
 def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
-    """What goes, as `graph.dropped` says. ValueError that names the layer where `masks` do not fit the graph's network."""
+    """What goes, as `graph.dropped` says. ValueError that names the layer where `masks` do not fit
+    the graph's network."""
     if not isinstance(masks, dict):
         raise ValueError(
-            f"masks are a {type(masks).__name__}; expected a dict[BatchNorm module name -> bool tensor], such as "
-            "masks_for_macs returns"
+            f"masks are a {type(masks).__name__}; expected a dict[BatchNorm module name -> bool "
+            "tensor], such as masks_for_macs returns"
         )
     for name, mask in masks.items():
         if name not in graph.norms:
@@ -163,14 +163,13 @@ def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
             )
     drop = graph.dropped(masks)
     for empty in graph.emptied(drop):
-        raise ValueError(
-            f"the masks keep no channel of {empty!r}; keep at least one, or nothing passes the layer"
-        )
+        raise ValueError(f"the masks keep no channel of {empty!r}: {ONE}")
     return drop
 
 
 def check_mask(name: str, mask: torch.Tensor, channels: int) -> None:
-    """ValueError if `mask`, of the BatchNorm `name`, is not a bool for each of its `channels`, or keeps none of them."""
+    """ValueError if `mask`, of the BatchNorm `name`, is not a bool for each of its `channels`, or
+    keeps none of them."""
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
@@ -179,13 +178,12 @@ def check_mask(name: str, mask: torch.Tensor, channels: int) -> None:
             f"mask for {name!r} has shape {list(mask.shape)}; the layer has {channels} channels"
         )
     if not mask.any():
-        raise ValueError(
-            f"mask for {name!r} keeps no channel; keep at least one, or nothing passes the layer"
-        )
+        raise ValueError(f"mask for {name!r} keeps no channel: {ONE}")
 
 
 def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) -> int:
-    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels it keeps."""
+    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels
+    it keeps."""
     shares = graph.shares_left(graph.dropped(masks))
     return round(sum(macs * shares.get(name, 1.0) for name, macs in layers.items()))
 
@@ -193,7 +191,7 @@ def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) ->
 def _check_goal(reduction: float, floor: float, round_to: int) -> None:
     if not 0 < reduction < 1:
         raise ValueError(
-            f"reduction {reduction}: the fraction of MACs to remove lies between 0 and 1, for example 0.5"
+            f"reduction {reduction}: the fraction of MACs to remove is between 0 and 1, such as 0.5"
         )
     if not 0 <= floor < 1:
         raise ValueError(
@@ -201,7 +199,7 @@ def _check_goal(reduction: float, floor: float, round_to: int) -> None:
         )
     if round_to < 1:
         raise ValueError(
-            f"round_to={round_to}: the number of channels that a layer keeps is a multiple of it, such as 8"
+            f"round_to={round_to}: each layer keeps a multiple of it; 1 or more, such as 8"
         )
 
 
@@ -217,7 +215,8 @@ def _told_apart(found: Scores) -> Scores:
 
 
 def _ranks(graph: ChannelGraph, scores: Scores) -> Scores:
-    """The place of each channel in the order of scores, from 1, no two alike; of equal scores layer by layer in turns."""
+    """The place of each channel in the order of scores, from 1, no two alike; of equal scores layer
+    by layer in turns."""
     sizes = [len(s) for s in scores.values()]
     turns = torch.cat([torch.arange(n) / n for n in sizes]).argsort(stable=True)
     turns = turns[torch.cat(list(scores.values()))[turns].argsort(stable=True)]
@@ -246,7 +245,8 @@ def _with_floor(
     round_to: int = 1,
     tell: bool = True,
 ) -> Masks:
-    """Keep the best channels of a layer that would go below the floor, and make the masks say what `prune` will do."""
+    """Keep the best channels of a layer that would go below the floor, and make the masks say what
+    `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     below = [name for name, keep in masks.items() if keep.sum() < least[name]]
     if below and tell:

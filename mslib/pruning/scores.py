@@ -1,24 +1,29 @@
-"""Importance scores: how much each channel, filter or weight counts; dict[module name -> float tensor], higher = keep."""
+"""Importance scores: how much each channel, filter or weight counts; dict[module name -> float
+tensor], higher = keep."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..networks import unwrap
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 
 Scores = dict[str, torch.Tensor]
 
 
 def gammas(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
     """|γ| of BatchNorms: dict[module name -> float [channels]].
 
-    Without an example, of every BatchNorm that has a γ. With one (or a `ChannelGraph` as the model), of those whose
-    channels can be removed. residual: also of channels that take part in an addition, not only of a block's inner ones.
-    keep: names of modules to leave alone.
+    Without an example, of every BatchNorm that has a γ. With one (or a `ChannelGraph` as the
+    model), of those whose channels can be removed. residual: also of channels that take part in an
+    addition, not only of a block's inner ones. keep: names of modules to leave alone.
     """
     if example is None and not isinstance(model, ChannelGraph):
         norms = [
@@ -34,11 +39,16 @@ def gammas(
 
 
 def filter_norms(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
-    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like `gammas`.
+    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like
+    `gammas`.
 
-    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with many inputs.
+    For a layer, the order is that of the L1 norm; between layers, a sum would favour those with
+    many inputs.
     """
     graph = as_graph(model, example)
     writer, scores = graph.conv_before, {}
@@ -49,12 +59,17 @@ def filter_norms(
 
 
 def outgoing_norms(
-    model: nn.Module | ChannelGraph, example=None, residual: bool = False, keep: Iterable[str] = ()
+    model: Network,
+    example: Any = None,
+    residual: bool = False,
+    keep: Iterable[str] = (),
 ) -> Scores:
-    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those on: dict like `gammas`.
+    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those
+    on: dict like `gammas`.
 
-    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of a filter is free, and
-    a filter in a block that adds nothing may have any. (Weights are summed over the kernel, averaged over its outputs.)
+    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of
+    a filter is free, and a filter in a block that adds nothing may have any. (Weights are summed
+    over the kernel, averaged over its outputs.)
     """
     graph = as_graph(model, example)
     total = torch.zeros(len(graph.root))
@@ -77,11 +92,12 @@ def outgoing_norms(
     return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}
 
 
-def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = False) -> Scores:
-    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped like its weight].
+def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:
+    """|W| of every single weight of every convolution: dict[convolution name -> float tensor shaped
+    like its weight].
 
-    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions without one are left out;
-    needs the example).
+    scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions
+    without one are left out; needs the example).
     """
     modules = (
         model.modules if isinstance(model, ChannelGraph) else dict(unwrap(model).named_modules())
@@ -96,7 +112,7 @@ def weight_norms(model: nn.Module | ChannelGraph, example=None, scaled: bool = F
     return {name: sizes[name] * scale for name, scale in behind.items() if name in sizes}
 
 
-def by_filter(layer: nn.Module) -> torch.Tensor:
+def by_filter(layer: Any) -> torch.Tensor:
     """Mean |W| of each filter of a convolution or linear layer, float [channels written]."""
     size = _size(layer.weight)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -115,10 +131,10 @@ def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:
     return {name: best[graph.root[graph.norms[name]]] for name in scores}
 
 
-def _size(weight: torch.Tensor) -> torch.Tensor:
+def _size(weight: Any) -> torch.Tensor:
     return weight.detach().abs().float().cpu()
 
 
-def _passes(norm: nn.Module) -> torch.Tensor:
+def _passes(norm: Any) -> torch.Tensor:
     """|γ| / deviation of a BatchNorm: what it multiplies its input by, float [channels]."""
     return (norm.weight.detach().abs() / (norm.running_var + norm.eps).sqrt()).float().cpu()

@@ -1,6 +1,7 @@
 """Surgery: from a network and a keep-mask to a smaller network that computes the same."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import reason
 from ..networks import call, sync_widths
-from .channels import ChannelGraph, as_graph
+from .channels import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
@@ -18,26 +19,28 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torc
 
 @torch.no_grad()
 def prune(
-    model: nn.Module | ChannelGraph,
+    model: Network,
     masks: dict[str, torch.Tensor],
-    example=None,
+    example: Any = None,
     fold_bias: bool = False,
 ) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
 
-    masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not named keep all
-    their channels; channels that several BatchNorms share (a residual stage) go where all of them drop them.
-    example: what the network's forward takes, such as float [N, C, H, W] (left out if `model` is a `ChannelGraph`).
-    The result is compared with `zero_masked(model, masks, example)` on it, in evaluation mode, before it is returned,
-    and has run in training mode.
+    masks: dict[BatchNorm module name -> BoolTensor[channels]], True = keep. BatchNorms that are not
+    named keep all their channels; channels that several BatchNorms share (a residual stage) go
+    where all of them drop them. example: what the network's forward takes, such as float [N, C, H,
+    W] (left out if `model` is a `ChannelGraph`). The result is compared with `zero_masked(model,
+    masks, example)` on it, in evaluation mode, before it is returned, and has run in training mode.
 
-    fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β). With True it goes into
-    the BatchNorm (running mean) or the bias behind the next layer, as `zero_masked(…, keep_bias=True)` computes it,
-    exactly but for the border of the image, where a convolution that pads with zeros sees these instead. Not in the
-    papers. What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
+    fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β).
+    With True it goes into the BatchNorm (running mean) or the bias behind the next layer, as
+    `zero_masked(…, keep_bias=True)` computes it, exactly but for the border of the image, where a
+    convolution that pads with zeros sees these instead. Not in the papers. What a gate multiplies
+    (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
 
-    Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no channel, or ask for
-    channels that cannot be cut (with the reason), and for networks that cannot be traced.
+    Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no
+    channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
+    be traced.
     """
     graph = as_graph(model, example)
     drop = check_masks(graph, masks)
@@ -51,15 +54,17 @@ def prune(
 
 
 def zero_masked(
-    model: nn.Module | ChannelGraph,
+    model: Network,
     masks: dict[str, torch.Tensor],
-    example=None,
+    example: Any = None,
     keep_bias: bool = False,
 ) -> nn.Module:
-    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove are zero.
+    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove
+    are zero.
 
-    It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias: zero γ only (and β
-    where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that depends on the image).
+    It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias:
+    zero γ only (and β where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that
+    depends on the image).
     """
     graph = as_graph(model, example)
     return _silenced(graph, check_masks(graph, masks), keep_bias)
@@ -68,7 +73,7 @@ def zero_masked(
 @torch.no_grad()
 def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
     zeroed = copy.deepcopy(graph.model)
-    modules = dict(zeroed.named_modules())
+    modules: dict[str, Any] = dict(zeroed.named_modules())
     for name, ids in graph.norms.items():
         norm, gone = modules[name], drop[ids]
         if not gone.any():  # also one without γ
@@ -80,14 +85,16 @@ def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Mo
 
 
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole are copied as they are."""
+    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole
+    are copied as they are."""
     model = graph.model if model is None else model
-    index = {}  # weight -> {axis: places that stay}
-    for (name, axis), ids in graph.notes.slices.items():
+    index: dict[str, dict[int, torch.Tensor]] = {}  # weight -> {axis: places that stay}
+    biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
+    for (name, axis), ids in (biases | graph.notes.slices).items():
         gone = drop[ids]
         if gone.any():
             index.setdefault(name, {})[axis] = (~gone).nonzero().flatten()
-    sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.shortcuts}
+    sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.copies}
     made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in index and name not in sources:
@@ -105,8 +112,9 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
     return sync_widths(small)
 
 
-def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor) -> None:
-    """Carry the constants of the dropped channels into what follows each layer that reads them; in place."""
+def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
+    """Carry the constants of the dropped channels into what follows each layer that reads them; in
+    place."""
     for name, ids in graph.inputs.items():
         layer, gone = modules[name], drop[ids]
         lost = torch.where(
@@ -126,7 +134,7 @@ def _fold(graph: ChannelGraph, modules: dict[str, nn.Module], drop: torch.Tensor
             layer.bias += sent
         else:
             layer.bias = nn.Parameter(sent)
-    for name, (read, written, source, constant) in graph.notes.shortcuts.items():
+    for name, (read, written, source, constant) in graph.notes.copies.items():
         gone = torch.cat([torch.zeros(1, dtype=torch.bool), drop[read]])[source] & ~drop[written]
         if gone.any() and name in graph.notes.beside:
             bias = modules[graph.notes.beside[name]].bias
@@ -153,8 +161,8 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
                 else f"in shape, {list(f.shape)}"
             )
             raise ValueError(
-                f"the pruned network differs from the masked one {off} on the example: its forward does "
-                f"something with channels that tracing did not show; {REPORT}"
+                f"the pruned network differs from the masked one {off} on the example: its forward "
+                f"does something with channels that tracing did not show; {REPORT}"
             )
     try:
         _outputs(trial.train(), example)
@@ -168,7 +176,7 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
         ) from error
 
 
-def _outputs(model: nn.Module, example) -> list[torch.Tensor]:
+def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors that `model` returns for the example, whatever it draws."""
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with (

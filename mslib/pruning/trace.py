@@ -1,68 +1,51 @@
-"""Following channels: run a network without numbers, and watch every operation that PyTorch carries out.
+"""Following channels: run a network without numbers, and watch every operation PyTorch carries out.
 
-The network runs once on the meta device, where tensors have shapes but no numbers. Each operation of PyTorch's core
-(ATen) passes through `Tracer`, which labels the elements of every tensor with the ids of their channels:
+The network runs on the meta device, where tensors have shapes but no numbers. Each operation of
+PyTorch's core (ATen) passes through `Tracer`, which labels the elements of every tensor with the
+ids of their channels:
 
 - A convolution or a linear layer reads a row of ids and begins new ones.
 - An operation that only moves elements (view, permute, split, cat …) is carried out on the labels.
 - A pointwise operation (add, mul, relu …) joins the ids that meet in an element.
-- Pooling and means over pixels pass ids on, as long as these do not differ from pixel to pixel.
+- Pooling and means over pixels pass ids on, if these do not differ from pixel to pixel.
 - Whatever else a channel enters keeps it whole, and the reason names the operation.
 """
 
 import math
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..networks import PaddedShortcut
-from .labels import NO_CHANNEL, Notes, Value, Weight
+from .labels import NO_CHANNEL, Notes, Row, Value, Weight
 
 aten = torch.ops.aten
 
-# What PyTorch does not tell of its operations itself, by is_view or a tag.
+# What PyTorch itself does not tell of its operations, by `is_view` or a tag.
 MOVES = {aten._unsafe_view, aten.flip, aten.repeat, aten.roll}
-SHUFFLES = {
-    aten.pixel_shuffle,
-    aten.pixel_unshuffle,
-    aten.channel_shuffle,
-    aten.native_channel_shuffle,
-}
-POINTWISE = {
-    aten.hardswish,
-    aten.hardswish_,
-    aten.hardtanh,
-    aten.hardtanh_,
-    aten._prelu_kernel,
-    aten._to_copy,
-}
+POINTWISE = {aten.hardswish, aten.hardswish_, aten.hardtanh, aten.hardtanh_, aten._prelu_kernel}
 PRODUCTS = {aten.mul, aten.mul_}
+CHANNEL_SHUFFLES = {aten.channel_shuffle, aten.native_channel_shuffle}
+SHUFFLES = {aten.pixel_shuffle, aten.pixel_unshuffle, *CHANNEL_SHUFFLES}
 MEANS = {aten.mean, aten.sum, aten.amax, aten.amin}
 SOFTMAX = {aten._softmax, aten._log_softmax, aten._safe_softmax}
 OVER_PIXELS = ("_pool", "upsample", "reflection_pad", "replication_pad")
-LAYERS = {
-    aten.convolution: "_convolution",
-    aten.mm: "_linear",
-    aten.addmm: "_linear",
-    aten.native_batch_norm: "_batch_norm",
-}
 
 
 class Tracer(TorchDispatchMode):
     """Notes in `notes` what becomes of the channels while a network runs inside `with tracer:`.
 
-    weights: id of a parameter or buffer of the running network -> its `Weight`; views of them are added on the way.
+    weights: id of a parameter or buffer of that network -> its `Weight`; views of them are added.
     """
 
     def __init__(self, notes: Notes, weights: dict[int, Weight], modules: dict):
         super().__init__()
         self.notes, self.weights, self.modules = notes, weights, modules
         self.values: dict[int, Value] = {}  # id of a tensor -> what is known of it
-        self.alive: list = []  # tensors: while they are, no other gets their id
-        self.sharing: dict[
-            int, list[int]
-        ] = {}  # a storage -> ids of the labelled tensors that lie in it
+        self.alive: list = []  # all tensors: while they are, no other gets the id of one
+        self.sharing: dict[int, list[int]] = {}  # storage -> ids of labelled tensors that lie in it
         self.touched: set[str] = set()  # names of the weights that were used
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,14 +55,13 @@ class Tracer(TorchDispatchMode):
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
         known = [v for t in tensors if (v := self._read(t)) is not None]
-        packet = func.overloadpacket
         if func._schema.is_mutable:
             self._written(func, args[0])
-        if packet in LAYERS and getattr(self, LAYERS[packet])(args, out):
+        if self._layer(func.overloadpacket, args, out):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif not self._passes_on(func, packet, args, kwargs, out):
+        elif not self._passes_on(func, func.overloadpacket, args, kwargs, out):
             for value in known:
                 self.notes.keep(value.ids, f"it enters {_name(func)!r}, which mslib cannot cut")
         return out
@@ -87,7 +69,7 @@ class Tracer(TorchDispatchMode):
     # ---- what is known of a tensor ----
 
     def _read(self, tensor: torch.Tensor) -> Value | None:
-        """The value of a tensor that an operation reads. None where there is none, or none any more."""
+        """The value of a tensor that an operation reads; None where there is none (any more)."""
         value = self.values.get(id(tensor))
         if value is None:
             return None
@@ -95,100 +77,105 @@ class Tracer(TorchDispatchMode):
             self.notes.keep(value.ids, f"{value.stale!r} changed it in place through another view")
             del self.values[id(tensor)]
             return None
-        if (
-            sum(size > 1 for size in value.ids.shape) > 1
-        ):  # what was joined since may have made it simpler
+        if sum(size > 1 for size in value.ids.shape) > 1:  # joins since may have made it simpler
             readers, value = value.readers, value.compact(self.notes)
             self.values[id(tensor)], value.readers = value, readers
         value.readers += 1
         return value
 
-    def _label(self, out: torch.Tensor, value: Value) -> None:
+    def _label(self, out: torch.Tensor, value: Value) -> bool:
         self.values[id(out)] = value
         self.sharing.setdefault(out.untyped_storage()._cdata, []).append(id(out))
-
-    def _label_row(self, out: torch.Tensor, row: Value, dim: int = 1) -> bool:
-        self._label(out, row.along(dim, out.ndim))
         return True
 
     def _written(self, func, tensor: torch.Tensor) -> None:
-        """`func` changed `tensor` in place: the other views of its storage are not what they were."""
+        """`func` changed `tensor` in place: other views of its storage are not what they were."""
         for other in self.sharing.get(tensor.untyped_storage()._cdata, ()):
             if other != id(tensor) and other in self.values:
                 self.values[other].stale = _name(func)
 
     def _move_weight(self, func, args, kwargs, out) -> None:
-        """A view of a weight, such as the transposed matrix of a linear layer, is still that weight."""
-        weight = (
-            self.weights.get(id(args[0])) if args and isinstance(args[0], torch.Tensor) else None
-        )
-        if weight is not None and func.is_view and isinstance(out, torch.Tensor):
+        """A view of a weight, such as a linear layer's transposed matrix, is still that weight."""
+        if not args or id(args[0]) not in self.weights or not isinstance(out, torch.Tensor):
+            return
+        if func.is_view:
+            weight = self.weights[id(args[0])]
             self.weights[id(out)] = weight.view(func(weight.data, *args[1:], **kwargs))
 
-    # ---- layers ----
+    def _row(self, x: torch.Tensor, layer: str) -> Row | None:
+        """The row of channels in axis 1 that a layer reads; one that is mixed up stays whole."""
+        value = self.values.get(id(x))
+        row = value.row(1, x.shape) if value else None
+        if value and not row:
+            self.notes.keep(value.ids, f"{layer} reads it along other axes than the channels")
+        return row
+
+    # ---- layers: True if `packet` is one whose weight can be cut ----
+
+    def _layer(self, packet, args, out) -> bool:
+        if packet is aten.convolution:
+            return self._convolution(args, out)
+        if packet is aten.mm:
+            return self._linear(None, args[0], args[1], out)
+        if packet is aten.addmm:
+            return self._linear(args[0], args[1], args[2], out)
+        return packet is aten.native_batch_norm and self._batch_norm(args, out[0])
 
     def _convolution(self, args, out) -> bool:
-        """args: x [N, in, …], weight, bias, stride, padding, dilation, transposed, output padding, groups."""
+        """args: x [N, in, …], weight, bias, stride, padding, dilation, transposed, …, groups."""
         x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
-        own, value = self.weights.get(id(weight)), self.values.get(id(x))
+        own = self.weights.get(id(weight))
         if own is None or own.moved:
             return False  # computed on the way, as by weight standardization
-        row = value and value.row(1, x.shape)
-        if value and not row:
-            self.notes.keep(value.ids, f"{own.layer} reads its channels mixed with pixels")
-        # in a cut network a grouped convolution may be left with one channel a group: it is no depthwise one for that
+        row = self._row(x, own.layer)
+        # A cut grouped convolution may be left with one channel a group: no depthwise one for that.
         if row and 1 < groups == x.shape[1] and own.layer not in self.notes.dense_before:
-            return self._label_row(
-                out, self._depthwise(own, bias, row, out.shape[1] // groups, transposed)
-            )
-        made = self._dense(own, bias, row, out.shape[1], groups, transposed)
-        if groups > 1 and not row:
-            self.notes.keep(
-                made.ids, f"{own.layer} is grouped, and what it reads cannot be followed"
-            )
-        return self._label_row(out, made)
+            made = self._depthwise(own, bias, row, out.shape[1] // groups, transposed)
+        else:
+            made = self._dense(own, bias, row, out.shape[1], groups, transposed)
+        return self._label(out, made.along(1, out.ndim))
 
-    def _linear(self, args, out) -> bool:
-        """args: (bias,) x [M, in], weightᵀ [in, out]."""
-        bias, x, weight = args if len(args) == 3 else (None, *args)
-        own, value = self.weights.get(id(weight)), self.values.get(id(x))
+    def _linear(self, bias, x, weight, out) -> bool:
+        """x [M, in] times a transposed weight [in, out]."""
+        own = self.weights.get(id(weight))
         if own is None or not own.transposed:
             return False
-        row = value and value.row(1, x.shape)
-        if value and not row:
-            self.notes.keep(value.ids, f"{own.layer} reads another axis than the channels")
-        return self._label_row(out, self._dense(own, bias, row, out.shape[1], 1, False))
+        made = self._dense(own, bias, self._row(x, own.layer), out.shape[1], 1, False)
+        return self._label(out, made.along(1, out.ndim))
 
-    def _dense(self, own: Weight, bias, row, width: int, groups: int, transposed: bool) -> Value:
-        """A layer each of whose outputs sums over what it reads: begins `width` channels."""
-        notes = self.notes
-        ids = notes.begin(own.layer, width)
+    def _dense(
+        self, own: Weight, bias, row: Row | None, width: int, groups: int, transposed: bool
+    ) -> Value:
+        """A layer each of whose outputs sums over what it reads; it begins `width` channels.
+
+        Its weight is [out, in / groups, …], or [in, out / groups, …] if it is transposed.
+        """
+        notes, ids = self.notes, self.notes.begin(own.layer, width)
         notes.outputs[own.layer] = ids
         notes.join_parts(ids, width // groups)  # all groups lose the same places
-        first = ids[: width // groups]
-        # weight: [out, in / groups, …], or transposed [in, out / groups, …]
-        notes.slice(own.name, 1 if transposed else 0, first if transposed else ids)
+        notes.slice(own.name, int(transposed), ids[: width // groups] if transposed else ids)
         self._slice(bias, ids)
         if row:
-            read = row[0]
+            read = row.ids
             notes.join_parts(read, len(read) // groups)
-            notes.read(own.layer, row, constant=not transposed)
             notes.slice(
-                own.name,
-                0 if transposed else 1,
-                read if transposed else read[: len(read) // groups],
+                own.name, 1 - transposed, read if transposed else read[: len(read) // groups]
             )
+            notes.read(own.layer, row, constant=not transposed)
+        elif groups > 1:
+            notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
 
-    def _depthwise(self, own: Weight, bias, row, times: int, transposed: bool) -> Value:
+    def _depthwise(self, own: Weight, bias, row: Row, times: int, transposed: bool) -> Value:
         """Each channel for itself, `times` outputs of each: they have the ids of what is read."""
         ids, dead, constant = (t.repeat_interleave(times) for t in row)
         self.notes.outputs[own.layer] = ids
-        self.notes.depthwise[own.layer] = row[0]
-        self.notes.slice(own.name, 0, row[0] if transposed else ids)
+        self.notes.depthwise[own.layer] = row.ids
+        self.notes.slice(own.name, 0, row.ids if transposed else ids)
         self._slice(bias, ids)
-        kernel = own.numbers().flatten(1).sum(1)
-        constant = torch.full_like(constant, torch.nan) if transposed else constant * kernel
+        # A constant stays one but for the border; a transposed convolution makes a pattern of it.
+        kernel = torch.tensor(torch.nan) if transposed else own.numbers().flatten(1).sum(1)
+        constant = constant * kernel
         if bias is not None:
             dead, constant = torch.zeros_like(dead), constant + self._numbers(bias)
         return Value(ids, dead, constant, own.layer)
@@ -199,51 +186,39 @@ class Tracer(TorchDispatchMode):
         own = self.weights.get(id(mean if gamma is None else gamma))
         if own is None:
             return False
-        value, notes, norm = self.values.get(id(x)), self.notes, own.layer
-        row = value and value.row(1, x.shape)
-        ids = row[0] if row else notes.begin(norm, x.shape[1])
+        notes, norm, row = self.notes, own.layer, self._row(x, own.layer)
+        ids = row.ids if row else notes.begin(norm, x.shape[1])
         if not row:
             notes.keep(ids, f"what {norm} reads cannot be followed")
-            notes.keep(value.ids if value else ids, f"{norm} reads its channels mixed with pixels")
         if gamma is None or beta is None or training:
-            notes.keep(
-                ids, f"{norm} has no γ (affine=False) or no statistics (track_running_stats=False)"
-            )
+            notes.keep(ids, f"{norm} has no γ (affine) or no statistics (track_running_stats)")
         for weight in (gamma, beta, mean, variance):
             self._slice(weight, ids)
-        if gamma is None:
-            return self._label_row(out[0], Value.unknown(ids, norm))
-        notes.scale(norm, ids)
-        if value and value.maker:
-            notes.before_norm.append((value, value.maker, norm))
-        constant = self._numbers(beta) if beta is not None else torch.full(ids.shape, torch.nan)
-        return self._label_row(out[0], Value(ids, ids != NO_CHANNEL, constant.double(), norm))
+        if gamma is None or beta is None:
+            return self._label(out, Value.unknown(ids, norm).along(1, out.ndim))
+        value = self.values.get(id(x))
+        notes.scale(norm, ids, value)
+        made = Value(ids, ids != NO_CHANNEL, self._numbers(beta).expand(ids.shape), norm)
+        return self._label(out, made.along(1, out.ndim))
 
     def _slice(self, weight, ids: torch.Tensor) -> None:
         """Note that the only axis of a bias, a γ … holds the channels `ids`."""
         if weight is not None and id(weight) in self.weights:
             self.notes.slice(self.weights[id(weight)].name, 0, ids)
 
-    def _numbers(self, operand):
-        """float64 numbers of a tensor, nan where they are not known. What is no tensor stays as it is."""
-        if not isinstance(operand, torch.Tensor):
-            return operand
-        weight = self.weights.get(id(operand))
-        return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
-
     # ---- operations between layers: True if they pass the channels on ----
 
     def _passes_on(self, func, packet, args, kwargs, out) -> bool:
         if packet in (aten.cat, aten.stack):
             return self._cat(packet, args, kwargs, out)
-        if torch.Tag.pointwise in func.tags or packet in POINTWISE:
+        if torch.Tag.pointwise in func.tags or packet in POINTWISE or packet is aten._to_copy:
             return self._pointwise(func, packet, args, kwargs, out)
-        value = self.values.get(id(args[0])) if isinstance(args[0], torch.Tensor) else None
+        value = self.values.get(id(args[0]))
         if value is None:
             return False
         if packet in SHUFFLES:
             return self._shuffle(packet, value, args, out)
-        if func.is_view or packet in MOVES:
+        if (func.is_view and packet is not aten.as_strided) or packet in MOVES:
             return self._move(func, packet, value, args, kwargs, out)
         if packet is aten.constant_pad_nd:
             return self._pad(value, args, kwargs, out)
@@ -251,94 +226,73 @@ class Tracer(TorchDispatchMode):
             return self._shortcut(value, args, out)
         if packet in MEANS:
             return self._mean(packet, value, args, out)
-        if packet in SOFTMAX and not value.varies(args[1] % out.ndim):
-            self._label(out, Value.unknown(value.ids))
-            return True
+        if packet in SOFTMAX:
+            same = not value.varies(args[1] % out.ndim)
+            return same and self._label(out, Value.unknown(value.ids))
         if any(word in _name(func) for word in OVER_PIXELS):
-            first = out[0] if isinstance(out, tuple) else out
-            if any(value.varies(d) for d in range(2, first.ndim)):
-                return False
-            self._label(first, Value(value.ids, value.dead, value.constant))
-            return True
+            out = out[0] if isinstance(out, tuple) else out
+            same = not any(value.varies(d) for d in range(2, out.ndim))
+            return same and self._label(out, value.again())
         return False
 
     def _move(self, func, packet, value: Value, args, kwargs, out) -> bool:
         """Carry the operation out on the labels; join what can only go together afterwards."""
         shape, what = args[0].shape, _name(func)
-        if any(value.varies(d) for d in range(len(shape))) and packet not in (
-            aten.permute,
-            aten.transpose,
-        ):
+        if value.ids.numel() > 1 and packet not in (aten.permute, aten.transpose):
             self.notes.rigid.append((value.ids, repr(what)))
+        outs = [out] if isinstance(out, torch.Tensor) else out
         if packet in (aten.split, aten.split_with_sizes, aten.slice):
             place = 1 if packet is aten.slice else 2
             dim = kwargs.get("dim", args[place] if len(args) > place else 0) % len(shape)
-            part = (out if isinstance(out, torch.Tensor) else out[0]).shape[dim]
+            if value.varies(dim) and shape[dim] % outs[0].shape[dim]:
+                return False  # parts of unequal size
             if value.varies(dim):
-                if shape[dim] % part:
-                    return False
-                self.notes.join_parts(value.ids.movedim(dim, 0), part)
-        if packet in (aten.select, aten.unbind) and value.varies(
-            (args[1] if len(args) > 1 else 0) % len(shape)
-        ):
-            return False
+                self.notes.join_parts(value.ids.movedim(dim, 0), outs[0].shape[dim])
+        axis = (args[1] if len(args) > 1 else 0) if packet in (aten.select, aten.unbind) else None
+        if axis is not None and value.varies(axis % len(shape)):
+            return False  # one channel by its number
         if packet in (aten.view, aten._unsafe_view):
             moved = value.map(lambda t: t.expand(shape).reshape(out.shape))
         else:
             moved = value.map(lambda t: func(t.expand(shape), *args[1:], **kwargs))
-        for result, labels in zip(
-            [out] if isinstance(out, torch.Tensor) else out, moved, strict=True
-        ):
-            labels = labels.compact(self.notes)
-            self.notes.join_but_last(labels)
-            self._label(result, labels.compact(self.notes))
+        for result, labels in zip(outs, moved, strict=True):
+            self._label(result, self.notes.settle(labels))
         return True
 
     def _shuffle(self, packet, value: Value, args, out) -> bool:
         """Channel and pixel shuffles of a factor r, on a row of channels [C]."""
-        axis = 1 if packet in (aten.channel_shuffle, aten.native_channel_shuffle) else out.ndim - 3
+        axis = 1 if packet in CHANNEL_SHUFFLES else out.ndim - 3
         row, r = value.row(axis, args[0].shape), args[1]
         if not row:
             return False
         if packet is aten.pixel_unshuffle:  # the pixels of a channel become r² channels
             made = [t.repeat_interleave(r * r) for t in row]
-        elif (
-            packet is aten.pixel_shuffle
-        ):  # r² channels behind one another become the pixels of one
-            places = row[0].reshape(-1, r * r)
+        elif packet is aten.pixel_shuffle:  # r² channels in a row become the pixels of one
+            places = row.ids.reshape(-1, r * r)
             self.notes.join(places[:, :1], places)
             made = [t.reshape(-1, r * r)[:, 0] for t in row]
         else:
-            self.notes.join_parts(row[0], len(row[0]) // r)
+            self.notes.join_parts(row.ids, len(row.ids) // r)
             made = [t.reshape(r, -1).T.flatten() for t in row]
-        return self._label_row(out, Value(*made), axis)
+        return self._label(out, Value.of(made).along(axis, out.ndim))
 
     def _cat(self, packet, args, kwargs, out) -> bool:
-        """Rows of ids behind one another; where ids differ along other axes, what meets there is joined."""
+        """Rows of ids behind one another; what meets along the other axes is joined."""
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % out.ndim
-        tensors = [t for t in args[0] if t.ndim > 1 or t.numel()]  # cat passes over empty tensors
+        tensors = [t for t in args[0] if t.ndim > 1 or t.numel()]  # cat passes over empty ones
         parts = [self._value(t) for t in tensors]
+        sizes = [1 if packet is aten.stack else t.shape[dim] for t in tensors]
         if packet is aten.stack:
             parts = [p.map(lambda t: t.unsqueeze(dim))[0] for p in parts]
-        others = any(p.varies(d) for p in parts for d in range(out.ndim) if d != dim)
-        for part in parts[1:] if others else ():
-            self.notes.join(parts[0].ids, part.ids)
-        shape, sizes = (
-            list(out.shape),
-            [1 if packet is aten.stack else t.shape[dim] for t in tensors],
-        )
-        rows = [
-            p.map(lambda t, n=n: t.expand(*shape[:dim], n, *shape[dim + 1 :]))[0]
-            for p, n in zip(parts, sizes, strict=True)
-        ]
-        labels = Value(
-            torch.cat([p.ids for p in rows], dim),
-            torch.cat([p.dead for p in rows], dim),
-            torch.cat([p.constant for p in rows], dim),
-        ).compact(self.notes)
-        self.notes.join_but_last(labels)
-        self._label(out, labels.compact(self.notes))
-        return True
+        if any(p.varies(d) for p in parts for d in range(out.ndim) if d != dim):
+            for part in parts[1:]:
+                self.notes.join(parts[0].ids, part.ids)
+        rows = []
+        for part, size in zip(parts, sizes, strict=True):
+            shape = (*out.shape[:dim], size, *out.shape[dim + 1 :])
+            rows.append(part.map(lambda t, shape=shape: t.expand(shape))[0])
+        labels = (torch.cat(columns, dim) for columns in zip(*map(tuple, rows), strict=True))
+        return self._label(out, self.notes.settle(Value.of(labels)))
 
     def _value(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor. One without channels lies at places that never go."""
@@ -347,31 +301,27 @@ class Tracer(TorchDispatchMode):
 
     def _pointwise(self, func, packet, args, kwargs, out) -> bool:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        known = [self.values[id(t)].aligned(out.ndim) for t in tensors if id(t) in self.values]
-        sizes = [_aligned(t.shape, out.ndim) for t in tensors if id(t) in self.values]
-        if not known or not isinstance(out, torch.Tensor):
+        labelled = [t for t in tensors if id(t) in self.values]
+        alone = not any(isinstance(v, torch.Tensor) for v in kwargs.values())
+        if not (labelled and alone and isinstance(out, torch.Tensor)):
             return False
-        ids, whole = known[0].ids, sizes[0]
-        for value, size in zip(known[1:], sizes[1:], strict=True):
-            ids, whole = (
-                self._meet(ids, whole, value.ids, size),
-                torch.broadcast_shapes(whole, size),
-            )
+        known = [self.values[id(t)].aligned(out.ndim) for t in labelled]
+        ids, size = known[0].ids, _aligned(labelled[0].shape, out.ndim)
+        for value, tensor in zip(known[1:], labelled[1:], strict=True):
+            other = _aligned(tensor.shape, out.ndim)
+            ids, size = self._meet(ids, size, value.ids, other), torch.broadcast_shapes(size, other)
         for t in tensors:
             if id(t) not in self.values and not self._meet_tensor(Value.unknown(ids), t, out):
                 return False
+        if len(known) > 1 and packet not in PRODUCTS:
+            self.notes.add(ids, [self.values[id(t)].maker for t in labelled])
         dead, constant = self._numbers_of(func, packet, args, kwargs, out.ndim)
         shape = torch.broadcast_shapes(ids.shape, dead.shape, constant.shape)
-        made = Value(ids.expand(shape), dead.expand(shape), constant.expand(shape)).compact(
-            self.notes
-        )
-        if len(known) > 1 and packet not in PRODUCTS:
-            self.notes.add(ids, [self.values[id(t)].maker for t in tensors if id(t) in self.values])
-        self._label(out, made)
-        return True
+        made = Value(ids.expand(shape), dead.expand(shape), constant.expand(shape))
+        return self._label(out, made.compact(self.notes))
 
     def _meet(self, a: torch.Tensor, a_size, b: torch.Tensor, b_size) -> torch.Tensor:
-        """Join the ids of two operands, and return the joined ones. A channel that is spread over others stays."""
+        """Join the ids of two operands and return them; one that is spread over others stays."""
         for ids, size, other in ((a, a_size, b), (b, b_size, a)):
             if any(n == 1 < m for n, m in zip(size, other.shape, strict=True)):
                 self.notes.keep(ids, "it is spread over several channels")
@@ -380,7 +330,7 @@ class Tracer(TorchDispatchMode):
         return a if a.numel() >= b.numel() else b
 
     def _meet_tensor(self, value: Value, tensor: torch.Tensor, out) -> bool:
-        """A weight with a number for each channel is cut along with them; any other tensor must fit all numbers of channels."""
+        """A weight with a number for each channel is cut along; another tensor must not care."""
         size = _aligned(tensor.shape, out.ndim)
         axes = [d for d, n in enumerate(size) if n > 1 and value.varies(d)]
         if not axes:
@@ -388,98 +338,96 @@ class Tracer(TorchDispatchMode):
         weight, row = self.weights.get(id(tensor)), value.row(axes[0], out.shape)
         if weight is None or weight.axis is None or not row:
             return False
-        self.notes.slice(weight.name, weight.axis, row[0])
+        self.notes.slice(weight.name, weight.axis, row.ids)
         return True
 
-    def _numbers_of(
-        self, func, packet, args, kwargs, ndim: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dead, constant) behind a pointwise operation: the operation itself tells, for zeros and for constants."""
+    def _numbers(self, operand):
+        """float64 numbers of a tensor, nan where they are not known; other operands as they are."""
+        if not isinstance(operand, torch.Tensor):
+            return operand
+        weight = self.weights.get(id(operand))
+        return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
+
+    def _numbers_of(self, func, packet, args, kwargs, ndim: int):
+        """(dead, constant) behind a pointwise operation, which itself says what it makes of
+        both."""
         constants, zeros, deads = [], [], []
         for a in args:
-            value = self.values.get(id(a)) if isinstance(a, torch.Tensor) else None
-            if value is not None:
-                value = value.aligned(ndim)
+            if id(a) in self.values:
+                value = self.values[id(a)].aligned(ndim)
                 deads.append(value.dead)
-                constants.append(value.constant.clone())
+                constants.append(value.constant)
                 zeros.append(torch.where(value.dead, 0.0, torch.nan).double())
             else:
                 constants.append(self._numbers(a))
-                zeros.append(
-                    torch.full_like(constants[-1], torch.nan) if isinstance(a, torch.Tensor) else a
-                )
+                is_tensor = isinstance(a, torch.Tensor)
+                zeros.append(torch.full_like(constants[-1], torch.nan) if is_tensor else a)
         if packet is aten._to_copy:  # to another type or device
             return deads[0], constants[0]
-        dead, constant = func(*zeros, **kwargs) == 0, func(*constants, **kwargs).double()
-        if packet in PRODUCTS:  # zero times anything
-            for d in deads:
-                dead = dead | d
+        dead, constant = _apply(func, zeros, kwargs) == 0, _apply(func, constants, kwargs).double()
+        for other in deads if packet in PRODUCTS else ():  # zero times anything
+            dead = dead | other
         return dead, constant
 
     def _pad(self, value: Value, args, kwargs, out) -> bool:
         """Zeros around the image change no channel. Zeros beside the channels belong to none."""
         pad, number = args[1], args[2] if len(args) > 2 else kwargs.get("value", 0)
-        value = Value(value.ids, value.dead & (number == 0), value.constant)
+        beside, shape = [0] * len(pad), list(value.ids.shape)
         for i in range(len(pad) // 2):
-            dim, before, after = out.ndim - 1 - i, pad[2 * i], pad[2 * i + 1]
-            if before == after == 0 or not (value.varies(dim) or dim == 1):
-                continue
-            if min(before, after) < 0:
-                return False
-            parts = []
-            for t, filler in (
-                (value.ids, NO_CHANNEL),
-                (value.dead, number == 0),
-                (value.constant, number),
-            ):
-                shape = list(t.shape)
-                shape[dim] = args[0].shape[dim]
-                ends = [
-                    t.new_full([*shape[:dim], n, *shape[dim + 1 :]], filler)
-                    for n in (before, after)
-                ]
-                parts.append(torch.cat([ends[0], t.expand(shape), ends[1]], dim))
-            value = Value(*parts)
-        self._label(out, value)
-        return True
+            dim, both = out.ndim - 1 - i, pad[2 * i : 2 * i + 2]
+            if any(both) and (value.varies(dim) or dim == 1):
+                if min(both) < 0:
+                    return False
+                beside[2 * i : 2 * i + 2], shape[dim] = both, args[0].shape[dim]
+        ids, dead, constant = (t.expand(shape) for t in value)
+        dead = dead & (number == 0)
+        return self._label(
+            out,
+            Value(
+                F.pad(ids, beside, value=NO_CHANNEL),
+                F.pad(dead, beside, value=number == 0),
+                F.pad(constant, beside, value=number),
+            ),
+        )
 
     def _shortcut(self, value: Value, args, out) -> bool:
-        """index_select by the source of an option-A shortcut: out[j] copies x[source[j]], and x[0] is zero."""
-        x, weight = args[0], self.weights.get(id(args[2]))
-        row = value.row(1, x.shape)
-        if (
-            weight is None
-            or row is None
-            or not isinstance(self.modules.get(weight.layer), PaddedShortcut)
-        ):
+        """An option-A shortcut: out[j] copies x[source[j]], and x[0] is zero."""
+        weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
+        if weight is None or not row:
             return False
-        source, notes = weight.data.cpu(), self.notes
-        ids, constant = notes.begin(weight.layer, len(source)), row[2][source]
-        notes.shortcuts[weight.layer] = (row[0][1:], ids, source, constant)
-        notes.reads.append((weight.layer, row[0][1:]))
-        return self._label_row(out, Value(ids, row[1][source], constant, weight.layer))
+        if not isinstance(self.modules.get(weight.layer), PaddedShortcut):
+            return False
+        source = weight.data.cpu()
+        ids = self.notes.begin(weight.layer, len(source))
+        made = Value(ids, row.dead[source], row.constant[source], weight.layer)
+        self.notes.copy(weight.layer, row.ids[1:], made, source)
+        return self._label(out, made.along(1, out.ndim))
 
     def _mean(self, packet, value: Value, args, out) -> bool:
-        dims = args[1] if len(args) > 1 else None
-        if not isinstance(dims, (list, tuple)) or not isinstance(out, torch.Tensor):
+        """The mean, sum or extreme over axes along which the ids do not differ."""
+        ndim, dims = args[0].ndim, args[1] if len(args) > 1 else None
+        if not isinstance(dims, list | tuple) or any(value.varies(d % ndim) for d in dims):
             return False
-        ndim = args[0].ndim
-        dims = [d % ndim for d in dims]
-        if any(value.varies(d) for d in dims):
-            return False
+        gone = {d % ndim for d in dims}
         if packet is aten.sum:
-            value = Value(
-                value.ids, value.dead, value.constant * math.prod(args[0].shape[d] for d in dims)
-            )
+            times = math.prod(args[0].shape[d] for d in gone)
+            value = Value(value.ids, value.dead, value.constant * times)
         if out.ndim < ndim:
-            left = [d for d in range(ndim) if d not in dims]
+            left = [d for d in range(ndim) if d not in gone]
             value = value.map(lambda t: t.reshape([t.shape[d] for d in left]))[0]
-        self._label(out, Value(value.ids, value.dead, value.constant))
-        return True
+        return self._label(out, value.again())
+
+
+def _apply(func, operands, kwargs):
+    """A pointwise operation on operands that it may change in place, as large as its result."""
+    sizes = [a.shape for a in operands if isinstance(a, torch.Tensor)]
+    shape = torch.broadcast_shapes(*sizes)
+    whole = [a.expand(shape).clone() if isinstance(a, torch.Tensor) else a for a in operands]
+    return func(*whole, **kwargs)
 
 
 def _run(func, args, kwargs):
-    """What the operation returns. PyTorch derives a BatchNorm's shapes in Python, in milliseconds: here they are plain."""
+    """What the operation returns. A BatchNorm's shapes PyTorch would derive slowly, in Python."""
     if func is aten.native_batch_norm.default and args[0].is_meta and not args[5]:
         return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
     return func(*args, **kwargs)
@@ -491,11 +439,11 @@ def _name(func) -> str:
 
 
 def _aligned(shape, ndim: int) -> tuple[int, ...]:
+    """A shape with axes of size 1 in front, as broadcasting adds them."""
     return (1,) * (ndim - len(shape)) + tuple(shape)
 
 
 def outputs_of(out, values: dict[int, Value]) -> list[Value]:
-    """The values among all that a network returned: tensors in dicts, lists, tuples and dataclasses of them."""
-    return [
-        values[id(t)] for t in tree_leaves(out) if isinstance(t, torch.Tensor) and id(t) in values
-    ]
+    """The values of all tensors that a network returned, in dicts, lists, tuples, dataclasses."""
+    found = (values.get(id(t)) for t in tree_leaves(out))
+    return [value for value in found if value is not None]
