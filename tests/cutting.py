@@ -70,7 +70,7 @@ def size(model):
 
 
 def cut_exactly(model, x, masks=None, graph=None):
-    """Cut half of all free channels; assert that nothing else changes. Returns (graph, masks, cut)."""
+    """Cut half of all free channels: nothing else changes. Returns (graph, masks, small one)."""
     graph = graph or ms.ChannelGraph(model, x)
     if masks is None:  # the first toss in which every layer loses a channel
         tosses = [half(graph, seed=seed) for seed in range(3)]
