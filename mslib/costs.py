@@ -2,47 +2,122 @@
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
-from .exports import session
+from .exports import feed, quiet, session
+from .files import reason
+from .networks import as_inputs, map_images, meta_copy, unwrap
 
 log = logging.getLogger("mslib")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`macs`: multiply-accumulates of convolutions and linear layers for one image. `params`: all parameters."""
+    """`macs`: multiply-accumulates for one image. `params`: all parameters.
+
+    `layers`: MACs of each module that computes, by its name, without those of modules inside it.
+    """
 
     macs: int
     params: int
-    layers: dict = field(repr=False, default_factory=dict)  # module name -> MACs
+    layers: dict[str, int] = field(repr=False, default_factory=dict)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.macs / 1e6:,.2f} M MACs, {self.params / 1e6:,.3f} M parameters"
 
 
 @torch.no_grad()
-def cost(model, example):
-    """MACs for one image of `example` [N, C, H, W], and the number of parameters.
+def cost(model: nn.Module, example: Any) -> Cost:
+    """MACs for one image of `example`, and the number of parameters.
 
-    Counted as the papers count "FLOPs": one multiplication and addition is one; biases, BatchNorm and activations
-    are left out. The model runs once, without data, on PyTorch's meta device.
+    example: float [N, C, H, W], a tuple or list of several inputs, or a dict of inputs by name.
+
+    Counted by torch.utils.flop_counter, two FLOPs a MAC: convolutions, linear layers, matrix
+    products and attention, each for the innermost module that runs it. Biases, BatchNorm and
+    activations are left out, as in the papers' "FLOPs". The model runs once, without data, on
+    PyTorch's meta device; one that cannot is run on the CPU. Raises ValueError that names the
+    example's and the network's types if it does not run on the example.
     """
-    layers, clone = {}, copy.deepcopy(model).to("meta").eval()
-
-    def count(m, _, out):
-        layers[names[m]] = layers.get(names[m], 0) + out[0].numel() * m.weight[0].numel()
-
-    names = {m: name for name, m in clone.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    for m in names:
-        m.register_forward_hook(count)
-    clone(example[:1].to("meta"))
+    model = unwrap(model)
+    args, kwargs = map_images(lambda t: t[:1], *as_inputs(example))
+    kinds = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    same = kinds <= {p.dtype for p in model.parameters()}  # meta does not tell types apart
+    try:
+        layers = _count(meta_copy(model), args, kwargs, "meta") if same else None
+    except Exception:  # an operation without shapes of its own, or a wrong example: the CPU tells
+        layers = None
+    if layers is None:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                layers = _count(copy.deepcopy(model).cpu().eval(), args, kwargs, "cpu")
+        except Exception as error:  # of any kind, from inside the network
+            raise ValueError(misfit(model, example, error)) from error
     return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
+
+
+def misfit(model: nn.Module, example: Any, error: Exception) -> str:
+    """Why `model` does not run on `example`: types and shapes of both."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, torch.Tensor)]
+    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors[:3])
+    weights = {str(p.dtype)[6:] for p in model.parameters()}
+    return (
+        f"{type(model).__name__} ({', '.join(sorted(weights))}) does not run on the example "
+        f"({given or 'no tensor'}): {reason(error)}. Give an input of the network's type and size; "
+        "for a network that takes one list of images, a tuple with that list: ([image],)"
+    )
+
+
+def _count(model: nn.Module, args: Any, kwargs: Any, device: str) -> dict[str, int]:
+    """MACs by module name of one forward pass of `model`, a throw-away copy on `device`."""
+    layers: dict[str, int] = {}
+    open_modules: list[list[int]] = []  # FLOPs at the start of a module, and of those inside it
+    counter = FlopCounterMode(display=False)
+
+    def enter(*_: Any) -> None:
+        open_modules.append([counter.get_total_flops(), 0])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        start, inside = open_modules.pop()
+        spent = counter.get_total_flops() - start
+        if open_modules:
+            open_modules[-1][1] += spent
+        if spent > inside:
+            name = names[module]
+            layers[name] = layers.get(name, 0) + (spent - inside) // 2
+
+    names = {module: name for name, module in model.named_modules()}
+    for module in names:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    args, kwargs = tree_map(
+        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (args, kwargs)
+    )
+    with counted_attention(), counter:
+        model(*args, **kwargs)
+    return layers
+
+
+@contextmanager
+def counted_attention() -> Iterator[None]:
+    """Run attention as matrix products, which are counted, not as one operation, which is not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass(frozen=True)
@@ -54,53 +129,81 @@ class Latency:
     batch_size: int
     threads: int
 
-    def __str__(self):
-        return f"{self.median:.2f} ms ± {self.iqr / 2:.2f} for {self.batch_size} image(s) on {self.threads} thread(s)"
+    def __str__(self) -> str:
+        images = f"{self.batch_size} image(s) on {self.threads} thread(s)"
+        return f"{self.median:.2f} ms ± {self.iqr / 2:.2f} for {images}"
 
 
 @torch.no_grad()
-def latency(model, example, seconds=1.0, compiled=False):
-    """Time `model` on `example` [N, C, H, W] for about `seconds`, warm, in evaluation mode, channels last.
+def latency(
+    model: nn.Module | str | Path, example: Any, seconds: float = 1.0, compiled: bool = False
+) -> Latency:
+    """Time `model` on `example` for about `seconds`, warm, in evaluation mode, channels last.
 
-    As it is deployed: with BatchNorms folded into the convolutions before them; a network that torch.fx cannot trace is
-    timed as it is, and a log line says so. `compiled`: by torch.compile, which also does additions and ReLUs in the
-    convolutions before them, and lays the weights out for the processor; half a minute of preparation, and on a CPU it
-    needs a C++ compiler. `model` may be the path of an .onnx file: that is timed in ONNX Runtime on the CPU.
-    Compare two networks in one session only, and read the ratio: milliseconds are of this machine at this moment.
-    Raises RuntimeError where torch.compile cannot do its work.
+    example: float [N, C, H, W], a tuple or list of several inputs, or a dict of inputs by name.
+    The network is timed as it is deployed: with BatchNorms folded into the convolutions before
+    them. One that torch.fx cannot trace is timed as it is, and a log line says so.
+    compiled: by torch.compile, which takes half a minute and, on a CPU, needs a C++ compiler.
+    `model` may be the path of an .onnx file: that is timed in ONNX Runtime on the CPU.
+    Milliseconds are of this machine at this moment: compare two networks in one session.
+    Raises RuntimeError where torch.compile cannot do its work, ValueError for a wrong example.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(
-        logging.ERROR
-    )  # it looks for a CUDA compiler, in vain
     from torch.utils.benchmark import Timer
 
+    args, kwargs = as_inputs(example)
+    run: Any
     if isinstance(model, (str, Path)):
-        file, x = session(model), example.cpu().numpy()
-        run = lambda x: file.run(None, {"images": x})  # noqa: E731
+        run, args, kwargs = _runtime(model, args, kwargs)
     else:
-        run = copy.deepcopy(model).eval()
-        try:
-            run = fuse(run)
-        except Exception as error:
-            log.warning(
-                "%s is timed with its BatchNorms: %s",
-                type(model).__name__,
-                str(error).splitlines()[0],
-            )
-        run = run.to(memory_format=torch.channels_last)
-        x = example.to(next(run.parameters()).device, memory_format=torch.channels_last)
+        run, args, kwargs = _deployed(unwrap(model), args, kwargs)
+    with quiet("torch.utils.cpp_extension"):  # it looks for a CUDA compiler, in vain
         if compiled:
             torch.compiler.reset()  # after eight networks it would give up
             run = torch.compile(run, options={"freezing": True})
-            try:
-                run(x)
-            except Exception as error:  # of many kinds, by what is missing
-                why = str(error).strip().splitlines()[0]
-                raise RuntimeError(
-                    f"torch.compile cannot compile {type(model).__name__} here: {why}; install g++, or leave compiled=False"
-                ) from error
-    threads = torch.get_num_threads()
-    timer = Timer("model(x)", globals={"model": run, "x": x}, num_threads=threads)
-    timer.timeit(3)  # warm
-    measured = timer.blocked_autorange(min_run_time=seconds)
-    return Latency(1e3 * measured.median, 1e3 * measured.iqr, len(example), threads)
+        try:
+            run(*args, **kwargs)
+        except Exception as error:  # of many kinds, by what is missing
+            if not compiled:
+                raise ValueError(f"does not run on the example: {reason(error)}") from error
+            raise RuntimeError(
+                f"torch.compile cannot compile {type(model).__name__} here: {reason(error)}; "
+                "install g++, or leave compiled=False"
+            ) from error
+        threads = torch.get_num_threads()
+        scope = {"model": run, "args": args, "kwargs": kwargs}
+        timer = Timer("model(*args, **kwargs)", globals=scope, num_threads=threads)
+        timer.timeit(3)  # warm
+        measured = timer.blocked_autorange(min_run_time=seconds)
+    images = next(
+        (len(t) for t in tree_leaves(example) if isinstance(t, torch.Tensor) and t.ndim), 1
+    )
+    return Latency(1e3 * measured.median, 1e3 * measured.iqr, images, threads)
+
+
+def _deployed(model: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """A copy of `model` with BatchNorms folded into convolutions, and its inputs, channels last."""
+    from torch.fx.experimental.optimization import fuse
+
+    run = copy.deepcopy(model).eval()
+    try:
+        run = fuse(run)
+    except Exception as error:
+        log.warning("%s is timed with its BatchNorms: %s", type(model).__name__, reason(error))
+    weights = [*run.parameters()]
+    device = weights[0].device if weights else torch.device("cpu")
+    if all(w.ndim < 5 for w in weights):
+        run = run.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        last = torch.channels_last if value.ndim == 4 else torch.preserve_format
+        return value.to(device, memory_format=last)
+
+    return run, *tree_map(place, (args, kwargs))
+
+
+def _runtime(path: str | Path, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """What runs an .onnx file on the inputs, which it already holds."""
+    file = session(path)
+    return partial(file.run, None, feed(file, args, kwargs)), (), {}

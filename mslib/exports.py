@@ -1,63 +1,155 @@
 """Out the door: ONNX and torch.export files of a network, checked against the network itself."""
 
 import copy
+import io
 import logging
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .files import replacing
+from .files import reason, replacing
+from .networks import as_inputs, map_images, unwrap
 
 
-def export(model, path, example, tolerance=1e-4):
-    """Write `model`, on the CPU, in evaluation mode and for any batch size, to `path`; returns how far the file's outputs are off.
+@torch.no_grad()
+def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 1e-4) -> float:
+    """Write `model`, on the CPU, in evaluation mode and for any batch size, to `path`.
 
-    `path`: ends in .onnx (runs in ONNX Runtime and many others) or in .pt2 (torch.export: runs in PyTorch without the
-    code that made the network). `example`: float [N, C, H, W]. The file is run on it and compared: the largest
-    difference, as a share of the largest output, is returned.
+    path: ends in .onnx (runs in ONNX Runtime and many others) or in .pt2 (torch.export: runs in
+    PyTorch without the code that made the network).
+    example: float [N, C, H, W], a tuple or list of several inputs, or a dict of inputs by name.
 
-    Raises ValueError for another ending, or when the difference is above `tolerance`; no file is left behind then.
+    The file is run on the example and compared, every tensor of its outputs. Returned is the
+    largest difference, as a share of the largest value of that output.
+    Raises ValueError for another ending, for a network that cannot be exported, or when the
+    difference is above `tolerance`; no file is left behind then.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap(model)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: the ending decides on the format; expected .onnx or .pt2")
-    model, example = copy.deepcopy(model).cpu().eval(), example.detach().cpu()
-    few = example[:1].repeat(2, 1, 1, 1)  # two: a batch of one would be taken for the only size
-    batch = {0: torch.export.Dim("batch", min=1)}
-    with replacing(path) as beside, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if path.suffix == ".onnx":
-            for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-                logging.getLogger(name).setLevel(logging.ERROR)
-            torch.onnx.export(
-                model,
-                (few,),
-                beside,
-                dynamo=True,
-                dynamic_shapes=(batch,),
-                input_names=["images"],
-                output_names=["logits"],
-                external_data=False,
-                verbose=False,
-            )
-            outputs = torch.from_numpy(session(beside).run(None, {"images": example.numpy()})[0])
-        else:
-            torch.export.save(torch.export.export(model, (few,), dynamic_shapes=(batch,)), beside)
-            outputs = torch.export.load(beside).module()(example)
-        wanted = model(example)
-        off = float((outputs - wanted).abs().max() / wanted.abs().max())
+    model = copy.deepcopy(model).cpu().eval()
+    args, kwargs = tree_map(_on_cpu, as_inputs(example))
+    wanted = _tensors(model(*args, **kwargs))
+    with replacing(path) as beside:
+        write = _write_onnx if path.suffix == ".onnx" else _write_pt2
+        try:
+            with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
+                warnings.simplefilter("ignore")
+                found = _tensors(write(model, args, kwargs, beside))
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # the exporters raise many kinds
+            raise ValueError(
+                f"{type(model).__name__} cannot be exported to {path.suffix}: {reason(error)}"
+            ) from error
+        off = _difference(found, wanted)
         if not off <= tolerance:
             raise ValueError(
-                f"{path}: its outputs are off by {off:.2g} of the largest, above tolerance={tolerance:g}; not written"
+                f"{path}: its outputs are off by {off:.2g} of the largest, above "
+                f"tolerance={tolerance:g}; not written"
             )
     return off
 
 
-def session(path):
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
+
+def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest difference, as a share of the largest value of its tensor; infinite if unlike."""
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return math.inf
+    off = 0.0
+    for a, b in zip(found, wanted):
+        if b.numel():
+            a, b = a.double(), b.double()
+            share = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+            off = share if not share <= off else off  # keeps a nan
+    return off
+
+
+def _two(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+    """Two images of the inputs, and which axis of each input may have any size.
+
+    Two, since a batch of one would be taken for the only size.
+    """
+    batch = {0: torch.export.Dim("batch", min=1)}
+    axes = map_images(lambda t: batch, args, kwargs)
+    places, names = tree_map(
+        lambda t: t if t is batch else None, axes, is_leaf=lambda t: t is batch
+    )
+    args, kwargs = map_images(lambda t: torch.cat([t[:1], t[:1]]), args, kwargs)
+    return args, kwargs, names or places
+
+
+def _write_pt2(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
+    few, named, shapes = _two(args, kwargs)
+    program = torch.export.export(model, few, named, dynamic_shapes=shapes)
+    content = io.BytesIO()  # torch itself would hide what a full disk says
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
+    return torch.export.load(path).module()(*args, **kwargs)
+
+
+def _write_onnx(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
+    few, named, shapes = _two(args, kwargs)
+    program = torch.onnx.export(
+        model,
+        few,
+        kwargs=named,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"] if len(few) == 1 and not named else None,
+        verbose=False,
+    )
+    assert program is not None  # as with dynamo=True
+    program.save(path, external_data=False)
+    file = session(path)
+    return [torch.from_numpy(out) for out in file.run(None, feed(file, args, kwargs))]
+
+
+def session(path: str | Path) -> Any:
     """An ONNX Runtime session for the file, on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feed(file: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The inputs of an ONNX Runtime session: those with a name by it, the others in their order."""
+    tensors = iter(_tensors(args))
+    names = [each.name for each in file.get_inputs()]
+    found: dict[str, Any] = {name: kwargs.get(name) for name in names}
+    for name in names:
+        if name not in kwargs:
+            found[name] = next(tensors, None)
+    if any(t is None for t in found.values()) or next(tensors, None) is not None:
+        raise ValueError(f"the file has the inputs {', '.join(names)}; the example has others")
+    return {name: t.detach().cpu().numpy() for name, t in found.items()}
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Loggers of these names report errors only, as long as the block runs."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)

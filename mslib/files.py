@@ -1,16 +1,27 @@
-"""Files that are either whole or absent: written beside, then renamed; read without running pickled code."""
+"""Files that are either whole or absent: written beside, then renamed. Reading one runs no code."""
 
 import difflib
+import errno
+import io
 import json
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent  # the course's folder: notebooks/, data/, runs/
+LARGEST_JSON = 64 * 2**20  # bytes
+ADVICE = {  # what to try where a file cannot be written
+    errno.ENOSPC: "free some space on that disk, or choose another folder",
+    errno.ENOTEMPTY: "it exists already: move it away, or choose another name",
+    errno.EISDIR: "a folder has that name: choose another one",
+}
 
 
 def is_checkout() -> bool:
@@ -36,18 +47,22 @@ def data_folder() -> Path:
     return usual / "mslib"
 
 
-def nearest(name, known):
-    """The end of an error message about an unknown `name`: the one of `known` that was meant, or what there is."""
+def nearest(name: str, known: Collection[str]) -> str:
+    """The end of a message about an unknown `name`: what was meant, or which are `known`."""
     near = difflib.get_close_matches(str(name), known, 1, 0.5)
-    return (
-        f"; did you mean {near[0]!r}?"
-        if near
-        else f"; known: {', '.join([*known][:30])}{' …' if len(known) > 30 else ''}"
-    )
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join([*known][:30])}{' …' if len(known) > 30 else ''}"
 
 
-def relative(path):
-    """`path` as seen from the course's folder; as it is where there is no such way (another drive)."""
+def reason(error: BaseException) -> str:
+    """The first line of what `error` says, or its kind if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def relative(path: str | Path) -> str:
+    """`path` as seen from the course's folder; as it is where there is no way (another drive)."""
     try:
         return os.path.relpath(path, ROOT)
     except ValueError:
@@ -55,57 +70,100 @@ def relative(path):
 
 
 @contextmanager
-def replacing(path):
-    """Give a temporary path, for a file or folder, beside `path`; rename it onto `path` when the block ends well, remove it otherwise."""
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path, for a file or folder, beside `path`.
+
+    It is renamed onto `path` when the block ends well, and removed otherwise. Raises OSError that
+    names `path` and says what to try when it cannot be written.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        for each in (beside, *beside.rglob("*")):
+            if each.is_file():
+                _flush(each)
         os.replace(beside, path)
+        with suppress(OSError):  # not every system can do it for a folder
+            _flush(path.parent)
     except OSError as error:
-        raise OSError(
-            f"cannot write {path} ({error.strerror or error}); choose a folder you may write to"
-        ) from error
-    finally:
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(
-            missing_ok=True
-        ) if beside.parent.is_dir() else None
+        about = Path(os.fsdecode(error.filename or beside))
+        if not {about, *about.parents} & {beside, path} and about not in path.parents:
+            raise  # of another file, which the block reads
+        advice = ADVICE.get(error.errno or 0, "choose a folder you may write to")
+        told = OSError(f"cannot write {path} ({error.strerror or reason(error)}); {advice}")
+        told.errno = error.errno
+        raise told from error
+    finally:  # a failure here must not hide the one above
+        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path):
+def _flush(path: Path) -> None:
+    """Wait until the disk holds `path`: a rename must not come before what it gives a name to."""
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def regular(path: str | Path) -> Path:
+    """`path`, if a file lies there; FileNotFoundError, or ValueError for a folder, if not."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder, not a file")
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The value in a JSON file, of type `kind`. ValueError that names the file if it is another."""
+    path = regular(path)
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"larger than {LARGEST_JSON >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, expected a {kind.__name__}")
+        return value
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it to have it made again"
+            f"{path} is damaged ({reason(error)}). If it belongs to a run, choose another run "
+            "folder or remove this one as a whole: without one file, two runs would be mixed"
         ) from None
 
 
-def write_tensors(path, value):
+def write_tensors(path: str | Path, value: Any) -> None:
+    """Write tensors, numbers and text, in lists and dicts, for `read_tensors`."""
+    content = io.BytesIO()  # torch.save itself would hide what a full disk says
+    torch.save(value, content)
     with replacing(path) as beside:
-        torch.save(value, beside)
+        beside.write_bytes(content.getbuffer())
 
 
-def read_tensors(path):
-    """What `write_tensors` wrote. ValueError that names the file when it is damaged or holds more than data."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+def read_tensors(path: str | Path) -> Any:
+    """What `write_tensors` wrote, on the CPU. ValueError if it is damaged or holds code."""
+    path = regular(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if sum(m.file_size for m in members) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+            for m in members:  # what torch would run allocates as much as the file asks for
+                if m.filename.endswith("data.pkl") and b"bytearray" in archive.read(m):
+                    raise ValueError("it holds more than tensors")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0][:120]
         raise ValueError(
-            f"{path} cannot be read: truncated, damaged or not a weights file ({reason})"
+            f"{path} cannot be read: truncated, damaged or not a weights file ({reason(error)})"
         ) from None
-
-
-def reason(error):
-    """The first line of what an exception says, or its kind if it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

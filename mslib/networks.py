@@ -1,334 +1,406 @@
-"""The CIFAR ResNets (He et al. 2016, section 4.2) and VGGs, and how to save a network of any width."""
+"""Networks of any width: their layers resized, written to a file, and made again from it."""
 
 import copy
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from .files import read_tensors, write_tensors
+from .architectures import (  # noqa: F401
+    NETWORKS,
+    PaddedShortcut,
+    network,
+    resnet,
+    untrained,
+    vgg,
+)
+from .files import read_tensors, reason, regular, replacing
 
-
-class PaddedShortcut(nn.Module):
-    """Option-A shortcut: subsample by `stride`, then pad the new channels with zeros (no parameters).
-
-    Output channel `j` copies input channel `source[j] - 1`; `source[j] = 0` makes it zero.
-    A buffer, so that a pruned shortcut is saved and loaded like any weight.
-    """
-
-    def __init__(self, in_channels, out_channels, stride):
-        super().__init__()
-        before = (out_channels - in_channels) // 2
-        source = torch.zeros(out_channels, dtype=torch.long)
-        source[before : before + in_channels] = torch.arange(1, in_channels + 1)
-        self.stride = stride
-        self.register_buffer("source", source)
-
-    def forward(self, x):  # [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]
-        x = x[:, :, :: self.stride, :: self.stride]
-        return nn.functional.pad(x, (0, 0, 0, 0, 1, 0)).index_select(1, self.source)
-
-    def extra_repr(self):
-        return f"{int((self.source > 0).sum())} -> {len(self.source)}, stride={self.stride}"
+log = logging.getLogger("mslib")
+FORMAT = "mslib 2"  # of the files of `save`; mslib 0.1 wrote torch's own format
 
 
-class BasicBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
-        same = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same else PaddedShortcut(in_channels, out_channels, stride)
-
-    def forward(self, x):
-        out = self.relu(self.bn1(self.conv1(x)))  # the inner channels: nobody else reads them
-        out = self.bn2(
-            self.conv2(out)
-        )  # the residual channels: every block of the stage adds to them
-        return self.relu(out + self.shortcut(x))
+def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Name and module of every BatchNorm of `model` that has a γ, in the order of its modules."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
+    return [(name, m) for name, m in found if m.affine]
 
 
-class ResNet(nn.Module):
-    """A stem and three stages of `blocks` basic blocks with 16, 32 and 64 channels: depth 6·blocks + 2."""
-
-    def __init__(self, blocks, num_classes=10, in_channels=3):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
-        self.stage1 = self._stage(16, 16, blocks, stride=1)
-        self.stage2 = self._stage(16, 32, blocks, stride=2)
-        self.stage3 = self._stage(32, 64, blocks, stride=2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(64, num_classes)
-        initialize(self)
-
-    @staticmethod
-    def _stage(in_channels, out_channels, blocks, stride):
-        first = BasicBlock(in_channels, out_channels, stride)
-        return nn.Sequential(
-            first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
-        )
-
-    def forward(self, x):  # [N, 3, H, W], H and W divisible by 4
-        x = self.relu(self.bn(self.conv(x)))
-        x = self.stage3(self.stage2(self.stage1(x)))
-        return self.fc(self.pool(x).flatten(1))  # [N, num_classes]
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
-class VGG(nn.Module):
-    """VGG with BatchNorm as the pruning papers use it on CIFAR: 3×3 convolutions in five stages, one linear layer."""
-
-    def __init__(self, convolutions, width=1.0, num_classes=10, in_channels=3):
-        super().__init__()
-        layers = []
-        for stage, n in enumerate(convolutions):
-            layers += [nn.MaxPool2d(2)] if stage else []
-            for _ in range(n):
-                out_channels = max(1, round(width * min(64 * 2**stage, 512)))
-                layers += [
-                    nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False),
-                    nn.BatchNorm2d(out_channels),
-                    nn.ReLU(inplace=True),
-                ]
-                in_channels = out_channels
-        self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
-        initialize(self)
-
-    def forward(self, x):  # [N, 3, H, W], H and W divisible by 16
-        return self.fc(self.pool(self.features(x)).flatten(1))  # [N, num_classes]
-
-
-def initialize(model):
-    """Draw the convolutions anew as He does, with γ = 1 / √blocks in the last BatchNorm of each block.
-
-    A block then starts near its shortcut, and 56 layers train from the first step. Not γ = 0 as in networks with
-    projection shortcuts (Goyal et al. 2017): where option A pads with zeros, the sum would be exactly 0, ReLU would pass
-    no gradient, and half of the channels of stage 2 and three quarters of stage 3 would stay dead for ever.
-    """
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(m, nn.BatchNorm2d):
-            m.reset_parameters()
-    blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
-    for block in blocks:
-        nn.init.constant_(block.bn2.weight, len(blocks) ** -0.5)
-
-
-def batch_norms(model):
-    """Name and module of every BatchNorm2d of `model` that has a γ, in the order of its modules."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
-
-
-def untrained(model):
-    """A network of the same widths as `model`, a ResNet or VGG pruned or not, with fresh random weights, on the CPU."""
-    fresh = copy.deepcopy(model).cpu()  # the same weights whatever device drew them
-    fresh.fc.reset_parameters()
-    initialize(fresh)
-    return fresh
-
-
-def resnet(depth=56, num_classes=10, in_channels=3):
-    """CIFAR ResNet of `depth` layers (20, 32, 44, 56, 110 …: 6n + 2), option-A shortcuts, for 32×32 images.
-
-    Raises ValueError for a depth that is not 6n + 2.
-    """
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(
-            f"depth {depth}: a CIFAR ResNet has 6n + 2 layers; try 20, 32, 44, 56 or 110"
-        )
-    model = ResNet((depth - 2) // 6, num_classes, in_channels)
-    model.recipe = {
-        "network": "resnet",
-        "depth": depth,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-    }
-    return model
-
-
-def vgg(depth=16, num_classes=10, width=1.0, in_channels=3):
-    """CIFAR VGG of `depth` 11, 13, 16 or 19 with BatchNorm; `width` scales all channels. Images of 16 pixels a side or more.
-
-    Raises ValueError for another depth or a width that is not above 0.
-    """
-    convolutions = {
-        11: (1, 1, 2, 2, 2),
-        13: (2, 2, 2, 2, 2),
-        16: (2, 2, 3, 3, 3),
-        19: (2, 2, 4, 4, 4),
-    }
-    if depth not in convolutions or not width > 0:
-        raise ValueError(
-            f"vgg({depth}, width={width}): depth is 11, 13, 16 or 19, and width above 0"
-        )
-    model = VGG(convolutions[depth], width, num_classes, in_channels)
-    model.recipe = {
-        "network": "vgg",
-        "depth": depth,
-        "num_classes": num_classes,
-        "width": width,
-        "in_channels": in_channels,
-    }
-    return model
-
-
-def network(name, num_classes=1000, weights=None):
-    """torchvision's network `name`, such as "resnet50", with `num_classes` outputs; `weights` as torchvision names them.
-
-    Like torchvision.models.get_model, but `save` knows what it is, so that `load` needs nothing but the file, and
-    without the auxiliary classifiers of GoogLeNet and Inception. Raises ValueError for an unknown name or weights.
-    """
-    from torchvision.models import get_model
-
-    options = (
-        {"init_weights": True} if name in ("googlenet", "inception_v3") and weights is None else {}
+def as_inputs(example: Any) -> tuple[tuple, dict]:
+    """(positional, keyword) inputs that an example means: a tensor, tuple, list or dict."""
+    if isinstance(example, torch.Tensor):
+        example = (example,)
+    if isinstance(example, (tuple, list)) and example:
+        return tuple(example), {}
+    if isinstance(example, dict) and example:
+        return (), dict(example)
+    raise ValueError(
+        f"example is {type(example).__name__ if example is not None else None}; expected a float "
+        "tensor [N, C, H, W], a tuple or list of several inputs, or a dict of inputs by name"
     )
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """What `model` returns for an example: a tensor, a tuple, list or dict of inputs."""
+    args, kwargs = as_inputs(example)
+    return model(*args, **kwargs)
+
+
+def tensors_in(out: Any) -> list[torch.Tensor]:
+    """All tensors that a network returned, in dicts, lists, tuples, dataclasses and objects."""
+    found = []
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            found += tensors_in(vars(leaf))
+    return found
+
+
+def copied(model: nn.Module, replaced: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
+    """A deep copy of `model`. `replaced`: id of a tensor -> what stands in its place.
+
+    Tensors that forward computed and kept (`self.last = x`) are copied without their history.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    for m in model.modules():
+        for value in vars(m).values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def map_images(change: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """`change` applied to the inputs that hold images: tensors with as many rows as the first."""
+    inputs = (*args, *kwargs.values())
+    rows = next((len(v) for v in inputs if isinstance(v, torch.Tensor) and v.ndim), -1)
+
+    def changed(value: Any) -> Any:
+        images = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+        return change(value) if images else value
+
+    return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` on PyTorch's meta device, in evaluation mode: shapes without data.
+
+    No weight is copied. Its BatchNorms hand their input on: they change no shape, and PyTorch
+    takes them apart there, which takes longer than all the rest.
+    """
+    memo: dict[int, torch.Tensor] = {id(b): b.to("meta") for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+    clone = copied(model, memo).eval()
+    for m in clone.modules():
+        if isinstance(m, _BatchNorm) and type(m).forward is _BatchNorm.forward:
+            m.forward = partial(_hand_on, m)  # type: ignore[method-assign]
+    return clone
+
+
+def _hand_on(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
+    norm._check_input_dim(x)
+    if x.shape[1] != norm.num_features:
+        raise ValueError(f"{norm} reads {x.shape[1]} channels")
+    return x
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write weights, widths and the recipe of `model` to `path`, in the format of safetensors.
+
+    A pruned network is saved like any other. A log line says so when `load` cannot rebuild the
+    network from the file alone. Raises ValueError that names a tensor which cannot be saved.
+    """
+    model = unwrap(model)
+    first: dict[tuple, str] = {}  # memory -> the first name it has
+    tied, stored = {}, {}
+    for name, value in model.state_dict().items():
+        problem = unusual(value)
+        if problem:
+            raise ValueError(f"{type(model).__name__} cannot be saved: {name} is {problem}")
+        same = first.setdefault(_memory(value), name)
+        if same != name:
+            tied[name] = same
+        else:
+            stored[name] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd)}
+    groups = {name: m.groups for name, m in convolutions.items() if m.groups > 1}
+    recipe = getattr(model, "recipe", None)
     try:
-        model = get_model(
-            name, weights=weights, **({} if weights else {"num_classes": num_classes}), **options
-        )
+        _rebuild(recipe, stored | {k: stored[v] for k, v in tied.items()}, groups, path)
     except ValueError as error:
-        raise ValueError(
-            f"unknown network {name!r}; torchvision.models.list_models() lists all ({error})"
-        ) from None
-    except KeyError:
-        raise ValueError(
-            f"{name} has no weights {weights!r}; torchvision.models.get_model_weights({name!r}) lists all"
-        ) from None
-    if hasattr(model, "aux_logits"):
-        model.aux_logits = False
-        model.aux1 = model.aux2 = model.AuxLogits = None
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] if weights else []
-    if weights and not linear and num_classes != 1000:
-        raise ValueError(
-            f"{name} has no linear layer to replace: with weights it has 1000 outputs, not {num_classes}"
-        )
-    if linear and model.get_submodule(linear[-1]).out_features != num_classes:
-        parent, _, child = linear[-1].rpartition(".")
-        setattr(
-            model.get_submodule(parent),
-            child,
-            nn.Linear(model.get_submodule(linear[-1]).in_features, num_classes),
-        )
-    model.recipe = {"network": "torchvision", "name": name, "num_classes": num_classes}
-    return model
+        recipe = None
+        log.warning("saved, but %s", error)
+    about = {"format": FORMAT, "recipe": recipe, "groups": groups, "tied": tied}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    with replacing(path) as beside:
+        beside.write_bytes(safetensors.torch.save(stored, metadata))
 
 
-# ---- networks in files ---------------------------------------------------------------------------------------------
-
-
-def save(model, path):
-    """Write weights, widths and the recipe of `model` to `path`; a pruned network is saved like any other."""
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_tensors(path, {"recipe": getattr(model, "recipe", None), "state": state})
-
-
-def load(path, model=None):
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote to `path`, with the widths it had, on the CPU.
 
-    `model`: for a network that is not mslib's own, a fresh unpruned instance to pour the weights into.
+    model: a fresh unpruned network to fill, for one that mslib does not build. It is returned.
     Raises FileNotFoundError, or ValueError for a damaged file or one of another network.
     """
-    content = read_tensors(path)
-    if not isinstance(content, dict) or "state" not in content:
+    state, recipe, groups = _read(regular(path))
+    if model is None:
+        return _rebuild(recipe, state, groups, path)
+    resize(unwrap(model), state, path, groups)
+    return model
+
+
+def unusual(value: Any) -> str:
+    """What keeps `value` from being a plain tensor in a file; empty if nothing does."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}, not a tensor"
+    if is_lazy(value):
+        return "without a shape before the first forward pass; run the network once"
+    if value.is_meta or value.is_complex() or value.is_quantized or value.layout != torch.strided:
+        return (
+            f"a {value.dtype} tensor on {value.device.type}, {value.layout}; expected real values"
+        )
+    return ""
+
+
+def _memory(tensor: torch.Tensor) -> tuple:
+    """Tells whether two tensors are one in memory (tied weights)."""
+    place = tensor.data_ptr() or id(tensor)  # 0: without data
+    return tensor.device, place, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | None]:
+    """(tensors by name, recipe, groups of convolutions) of a file, checked but for the recipe."""
+    with open(path, "rb") as file:
+        old = file.read(2) == b"PK"  # mslib 0.1: {"recipe": …, "state": …}, without groups
+    if old:
+        about = read_tensors(path)
+        state = about.get("state") if isinstance(about, dict) else None
+        groups, tied = None, {}
+    else:
+        try:
+            with safetensors.safe_open(path, "pt") as opened:
+                about = opened.metadata() or {}
+                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            about = {key: json.loads(about[key]) for key in ("format", "recipe", "groups", "tied")}
+        except Exception as error:  # safetensors raises kinds of its own
+            raise ValueError(
+                f"{path} cannot be read: truncated, damaged or not written by ms.save "
+                f"({reason(error)}); for a plain state_dict use model.load_state_dict"
+            ) from None
+        if about["format"] != FORMAT:
+            raise ValueError(f"{path} has format {about['format']!r}; this mslib reads {FORMAT}")
+        groups, tied = about["groups"], about["tied"]
+    if not isinstance(state, dict) or not isinstance(tied, dict):
         raise ValueError(
             f"{path} was not written by ms.save; for a plain state_dict use model.load_state_dict"
         )
-    if model is None:
-        if not content["recipe"]:
-            raise ValueError(
-                f"{path} holds a network that mslib does not build; pass an unpruned one: load(path, model)"
-            )
-        recipe = dict(
-            content["recipe"]
-        )  # such as {"network": "resnet", "depth": 56, "num_classes": 10, "in_channels": 3}
-        kind = recipe.pop("network")
-        if kind not in NETWORKS:
-            raise ValueError(f"{path}: unknown network {kind!r}; known: {', '.join(NETWORKS)}")
-        model = NETWORKS[kind](**recipe)
-    return resize(model, content["state"], path)
+    for alias, name in tied.items():
+        if alias in state or not isinstance(name, str) or name not in state:
+            raise ValueError(f"{path} is damaged: {alias!r} is said to be {name!r}")
+    state |= {alias: state[name] for alias, name in tied.items()}
+    if groups is not None and not _counts(groups):
+        raise ValueError(f"{path} is damaged: its groups are no whole numbers above 0")
+    for name, value in state.items():
+        problem = unusual(value)
+        if not problem and value.nbytes > value.untyped_storage().nbytes():
+            problem = f"larger than the file: {list(value.shape)}"
+        if problem or not isinstance(name, str):
+            raise ValueError(f"{path} is damaged: {name!r} is {problem or 'no name'}")
+    return state, about.get("recipe"), groups
 
 
-def resize(model, state, origin="the state"):
-    """Give every layer of `model` the widths of `state` (a state_dict), then load it. Returns `model`."""
+def _counts(groups: Any) -> bool:
+    return isinstance(groups, dict) and all(type(g) is int and g > 0 for g in groups.values())
+
+
+class _Weightless(TorchFunctionMode):
+    """Layers made meanwhile have weights with a shape, but without memory (meta)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty:
+            options["device"] = "meta"
+        elif func.__name__.endswith(("normal_", "uniform_")):
+            return args[0] if args else options["tensor"]  # no first values
+        return func(*args, **options)
+
+
+def _rebuild(
+    recipe: Any, state: Mapping[str, torch.Tensor], groups: dict[str, int] | None, origin: Any
+) -> nn.Module:
+    """The network of `recipe` with the widths and values of `state`.
+
+    Nothing is made larger than `state`: the layers get their memory from it. The network runs
+    once, without data, which shows whether its widths fit each other.
+    """
+    if recipe is None:
+        raise ValueError(
+            f"{origin} holds a network that mslib does not build; "
+            "ms.load(path, model) fills a fresh one"
+        )
+    options = dict(recipe) if isinstance(recipe, dict) else {}
+    kind = options.pop("network", None)
+    if not isinstance(kind, str) or kind not in NETWORKS:
+        raise ValueError(f"{origin}: unknown network {kind!r}; known: {', '.join(NETWORKS)}")
+    try:
+        inspect.signature(NETWORKS[kind]).bind(**options)
+        with _Weightless(), torch.random.fork_rng(devices=[]):
+            model = NETWORKS[kind](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{origin}: its recipe cannot be followed: {reason(error)}") from None
+    resize(model, state, origin, groups)
+    shape = [1, options.get("in_channels", 3), 16, 16]
+    if kind == "torchvision":
+        shape = [1, 3] + [16] * (".video." in type(model).__module__) + [224, 224]
+    try:
+        with torch.no_grad():
+            image = torch.zeros(shape, dtype=next(p.dtype for p in model.parameters()))
+            if kind == "torchvision":
+                meta_copy(model)(image.to("meta"))
+            else:
+                model.eval()(image)
+    except Exception as error:  # of any kind, from inside the network
+        raise ValueError(f"{origin}: its widths do not fit each other: {reason(error)}") from None
+    return model.train()
+
+
+@torch.no_grad()
+def resize(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    origin: Any = "the state",
+    groups: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """Give every layer of `model` the widths and values of `state`, a state_dict. Returns `model`.
+
+    groups: of the convolutions that have more than one, by name; None: depthwise ones stay
+    depthwise, others keep theirs. Tensors that are one in `state` become one in `model`.
+    Raises ValueError that names the layer.
+    """
+    _match_names(model, state, origin)
+    made: dict[tuple, torch.Tensor] = {}  # memory in `state` -> the tensor of `model` with it
+    filled: set[int] = set()
     for name, m in model.named_modules():
-        own = f"{name}.source" if isinstance(m, PaddedShortcut) else f"{name}.weight"
-        if own not in state:
-            continue
-        shape = state[own].shape
-        for key in ("bias", "running_mean", "running_var"):
-            other = state.get(f"{name}.{key}")
-            if other is not None and other.shape != shape[:1]:
+        tensors = [*m.named_parameters(recurse=False, remove_duplicate=False)]
+        for key, old in tensors + [*m.named_buffers(recurse=False, remove_duplicate=False)]:
+            new = state.get(_join(name, key))
+            if new is None:
+                continue  # a buffer that is not saved
+            if is_lazy(old) or not _alike(old, new):
+                what = "no shape yet" if is_lazy(old) else f"{list(old.shape)}, {old.dtype}"
                 raise ValueError(
-                    f"{origin} does not fit {type(model).__name__}: {name} has {shape[0]} channels, its {key} {len(other)}"
+                    f"{origin} does not fit {type(model).__name__}: {_join(name, key)} is "
+                    f"{list(new.shape)}, {new.dtype}; the network has {what}"
                 )
-        if isinstance(m, nn.Conv2d):
-            if 1 < m.groups == m.in_channels:  # depthwise: as many groups as channels
-                m.groups = shape[0] // (m.out_channels // m.in_channels)
-            m.out_channels, m.in_channels = shape[0], shape[1] * m.groups
-        elif isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            fresh = made.get(_memory(new))
+            if fresh is None:
+                fresh = _filled(old, new, in_place=id(old) not in filled)
+            setattr(m, key, fresh)
+            made[_memory(new)] = fresh
+            filled.add(id(fresh))
+        if isinstance(m, _ConvNd) and groups is not None:
+            m.groups = groups.get(name, 1)
+        elif isinstance(m, _ConvNd) and 1 < m.groups == m.in_channels and not m.transposed:
+            m.groups = max(1, len(m.weight) // (m.out_channels // m.in_channels))
+    try:
+        sync_widths(model)
+    except ValueError as error:
+        raise ValueError(f"{origin} does not fit {error}") from None
+    return model
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _match_names(model: nn.Module, state: Mapping[str, torch.Tensor], origin: Any) -> None:
+    """Make room for the biases that `prune` added; ValueError if the names differ otherwise."""
+    wanted = set(model.state_dict())
+    for name, m in model.named_modules():
+        key = _join(name, "bias")
+        if isinstance(m, (_ConvNd, nn.Linear)) and m.bias is None and key in state:
+            m.bias = nn.Parameter(torch.zeros(1, device=m.weight.device))
+            wanted.add(key)
+    odd = sorted(wanted ^ set(state))
+    if odd:
+        which = "only the network has" if odd[0] in wanted else "only the file has"
+        raise ValueError(
+            f"{origin} does not fit {type(model).__name__}: {len(odd)} names differ; "
+            f"{which} {odd[0]!r}"
+        )
+
+
+def _alike(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether two tensors differ in nothing but widths and precision."""
+    empty = 0 in new.shape and 0 not in old.shape
+    kinds = old.is_floating_point() == new.is_floating_point()
+    return old.ndim == new.ndim and kinds and not empty
+
+
+def _filled(old: torch.Tensor, new: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """A tensor like `old` with the shape, precision and values of `new`; `old` if it can be."""
+    data = old.is_meta or new.is_meta
+    if in_place and not data and (old.shape, old.dtype) == (new.shape, new.dtype):
+        return old.copy_(new)
+    fresh = new.to(new.device if data else old.device, copy=True)
+    return nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
+
+
+def sync_widths(model: nn.Module) -> None:
+    """Make in_channels, num_features … of all layers say what the shapes of their weights say.
+
+    Groups stay. Raises ValueError that names a layer whose tensors do not fit each other.
+    """
+    for name, m in model.named_modules():
+        weight = m._parameters.get("weight")
+        weight = m._buffers.get("running_mean") if weight is None else weight
+        if weight is None:  # reparametrized layers too: reading their weight may change it
+            continue
+        shape, fits = weight.shape, True
+        width: tuple[int, ...] = tuple(shape[:1])
+        if isinstance(m, _ConvNd):  # [out, in / groups, …]; transposed: [in, out / groups, …]
+            first, second = shape[0], shape[1] * m.groups
+            m.in_channels, m.out_channels = (first, second) if m.transposed else (second, first)
+            width, fits = (m.out_channels,), (first % m.groups, *shape[2:]) == (0, *m.kernel_size)
+        elif isinstance(m, nn.Linear):
+            m.out_features, m.in_features = shape
+        elif isinstance(m, _NormBase):
             m.num_features = shape[0]
         elif isinstance(m, nn.PReLU):
             m.num_parameters = shape[0]
-        elif isinstance(m, nn.Linear):
-            m.out_features, m.in_features = shape
-        if (
-            f"{name}.bias" in state and getattr(m, "bias", 0) is None
-        ):  # `prune` folded a constant into it
-            m.bias = nn.Parameter(torch.zeros_like(state[f"{name}.bias"], device=m.weight.device))
-        for kind in (m._parameters, m._buffers):
-            for key, old in kind.items():
-                new = state.get(f"{name}.{key}")
-                if old is not None and new is not None and old.shape != new.shape:
-                    fresh = torch.empty(new.shape, dtype=old.dtype, device=old.device)
-                    kind[key] = (
-                        nn.Parameter(fresh, old.requires_grad) if kind is m._parameters else fresh
-                    )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{origin} does not fit {type(model).__name__}: {str(error).splitlines()[1].strip()}"
-        ) from None
-    return model
-
-
-NETWORKS = {"resnet": resnet, "vgg": vgg, "torchvision": network}
-
-
-def unwrap(model):
-    """The network inside of DataParallel, DistributedDataParallel or torch.compile wrappers."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(
-        model, "_orig_mod"
-    ):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
-def call(model, example):
-    """The outputs of `model` for `example`: a tensor, a tuple or list of inputs, or a dict of named ones."""
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
-
-
-def sync_widths(model):
-    """Set the attributes of layers that tell their widths from the shapes of their weights."""
-    for m in model.modules():
-        if isinstance(m, nn.modules.conv._ConvTransposeNd):
-            m.in_channels, m.out_channels = m.weight.shape[0], m.weight.shape[1] * m.groups
-        elif isinstance(m, nn.modules.conv._ConvNd):
-            m.out_channels, m.in_channels = m.weight.shape[0], m.weight.shape[1] * m.groups
-        elif isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None:
-            m.num_features = len(m.weight)
-        elif isinstance(m, nn.Linear):
-            m.out_features, m.in_features = m.weight.shape
-        elif isinstance(m, nn.PReLU):
-            m.num_parameters = len(m.weight)
-    return model
+        elif isinstance(m, nn.GroupNorm):
+            m.num_channels, fits = shape[0], shape[0] % m.num_groups == 0
+        elif isinstance(m, (nn.LayerNorm, nn.RMSNorm)):
+            m.normalized_shape = width = tuple(shape)
+        else:
+            continue
+        others = [getattr(m, key, None) for key in ("bias", "running_mean", "running_var")]
+        if not fits or any(t is not None and tuple(t.shape) != width for t in others):
+            raise ValueError(
+                f"{type(model).__name__}: {name}, {m}, has a weight {list(shape)} "
+                f"and {[list(t.shape) for t in others if t is not None]} beside it"
+            )

@@ -578,38 +578,38 @@ WHOLE = {  # name -> (network, what the reason says)
     ),
     "shifted": (
         lambda: stem_and(lambda net, x: net.out(x + 1), out=head(8)),
-        "before any BatchNorm",
+        "no BatchNorm can silence it",
     ),
-    "sigmoid": (lambda: stem_then(nn.Sigmoid(), head(8)), "before any BatchNorm"),
+    "sigmoid": (lambda: stem_then(nn.Sigmoid(), head(8)), "no BatchNorm can silence it"),
     "clamped above zero": (
         lambda: stem_and(lambda net, x: net.out(x.clamp(min=0.1)), out=head(8)),
-        "before any BatchNorm",
+        "no BatchNorm can silence it",
     ),
     "added without BatchNorm": (
         lambda: stem_and(lambda net, x: net.out(x + net.side(x)), side=head(8, 8), out=head(8)),
-        "before any BatchNorm",
+        "no BatchNorm can silence it",
     ),
     "the sign of others": (
         lambda: stem_and(
             lambda net, x: net.out(x + torch.sign(net.side(x))), side=head(8, 8), out=head(8)
         ),
-        "before any BatchNorm",
+        "no BatchNorm can silence it",
     ),
     "where others are above zero": (
         lambda: stem_and(
             lambda net, x: net.out(x + (net.side(x) > 0)), side=head(8, 8), out=head(8)
         ),
-        "before any BatchNorm",
+        "no BatchNorm can silence it",
     ),
     "linear over the width": (
         lambda: stem_then(nn.Linear(16, 16)),
-        "another axis than the channels",
+        "along other axes than the channels",
     ),
     "channels as images": (
         lambda: stem_and(
             lambda net, x: net.fc(x.view(x.size(0) * x.size(1), -1)), fc=nn.Linear(256, 1)
         ),
-        "another axis than the channels",
+        "along other axes than the channels",
     ),
     "an output": (lambda: stem_then(nn.ReLU()), "output of the network"),
     "convolution with computed weights": (
@@ -620,7 +620,7 @@ WHOLE = {  # name -> (network, what the reason says)
     ),
     "put below each other": (
         lambda: stem_then(nn.Flatten(2), nn.Linear(256, 3)),
-        "another axis than the channels",
+        "along other axes than the channels",
     ),
 }
 
@@ -902,7 +902,7 @@ def test_a_hook_on_a_layer_is_seen():
     whole[0][1].register_forward_hook(lambda module, inputs, out: out + 1)
     graph = ms.ChannelGraph(lively(whole).double(), X)
     assert graph.prunable_norms(True) == ["1.1"]
-    assert "before any BatchNorm" in graph.reason("0.1")
+    assert "no BatchNorm can silence it" in graph.reason("0.1")
 
 
 def test_a_replaced_forward_of_a_layer_is_seen():
@@ -916,7 +916,7 @@ def test_a_replaced_forward_of_a_layer_is_seen():
     old = model[2].forward
     model[2].forward = lambda x: old(x) * 2  # bound to this layer: no copy can have it
     with pytest.raises(
-        ValueError, match="cannot be traced|differs from|does not reach the layer '2'"
+        ValueError, match="cannot be traced|differs from|does not reach '2'"
     ):
         cut_exactly(model, X)
 
@@ -1150,7 +1150,7 @@ REFUSED = {
         X,
         "must not branch on the values",
     ),
-    "auxiliary head": (lambda: Auxiliary().double(), X, "does not reach the layer 'aux'"),
+    "auxiliary head": (lambda: Auxiliary().double(), X, "does not reach 'aux'"),
     "half": (lambda: stem_then(head(8)).half(), torch.zeros(1, 3, 16, 16), "float32.*float16"),
     "double": (lambda: stem_then(head(8)).double(), torch.zeros(1, 3, 16, 16), "float32.*float64"),
     "bfloat16": (lambda: stem_then(head(8)).bfloat16(), X, "float64.*bfloat16"),

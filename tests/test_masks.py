@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 
@@ -164,84 +163,6 @@ def test_reduction_out_of_reach_says_the_most():
 def test_threshold_must_be_positive():
     with pytest.raises(ValueError, match="threshold 0"):
         ms.masks_below(ms.resnet(8), X, 0)
-
-
-def test_masks_in_a_file(tmp_path):
-    masks = ms.masks_for_macs(lively(ms.resnet(8)), X, 0.5)
-    ms.save_masks(masks, tmp_path / "masks.pt")
-    again = ms.load_masks(tmp_path / "masks.pt")
-    assert masks.keys() == again.keys() and all(torch.equal(masks[n], again[n]) for n in masks)
-
-
-def test_masks_of_others(tmp_path, caplog):
-    """Keep or drop, by BatchNorm or convolution, bools, numbers or indices: all one mask."""
-    model = lively(ms.resnet(8))
-    graph = ms.ChannelGraph(model, X)
-    keep = {"stage1.0.bn1": torch.arange(16) % 3 > 0, "stage2.0.bn1": torch.arange(32) > 4}
-    conv = {name.replace("bn", "conv"): m for name, m in keep.items()}
-    forms = {
-        "bools.pt": (keep, "keep"),
-        "drop.pt": ({n: ~m for n, m in conv.items()}, "drop"),
-        "floats.pt": (
-            {f"module.{n}.weight": m.float()[None, :, None, None] for n, m in keep.items()},
-            "keep",
-        ),
-        "indices.pt": ({n: m.nonzero().flatten() for n, m in conv.items()}, "keep"),
-        "lists.json": ({n: m.tolist() for n, m in conv.items()}, "keep"),
-        "drop.json": ({n: (~m).nonzero().flatten().tolist() for n, m in keep.items()}, "drop"),
-        "ones.json": ({n: m.int().tolist() for n, m in keep.items()}, "keep"),
-    }
-    for file, (content, means) in forms.items():
-        torch.save(content, tmp_path / file) if file.endswith("pt") else (
-            tmp_path / file
-        ).write_text(json.dumps(content))
-        found = ms.load_masks(tmp_path / file, graph, means=means)
-        assert found.keys() == keep.keys() and all(torch.equal(found[n], keep[n]) for n in keep), (
-            file
-        )
-    assert not caplog.text
-    (tmp_path / "shared.json").write_text(json.dumps({"stage1.0.bn2": list(range(12))}))
-    ms.load_masks(tmp_path / "shared.json", model, X)
-    assert (
-        "stage1.0.bn2: 4 of 4 dropped channels stay, as layers that share them keep them"
-        in caplog.text
-    )
-
-
-@pytest.mark.parametrize(
-    "content, means, message",
-    [
-        (
-            {"stage1.0.bn4": [0]},
-            "keep",
-            "'stage1.0.bn4' is no BatchNorm of the network.*did you mean 'stage1.0.bn",
-        ),
-        (
-            {"stage1.0.bn1": [True] * 15},
-            "keep",
-            "'stage1.0.bn1' is for 15 channels; the layer has 16",
-        ),
-        (
-            {"stage1.0.bn1": [3, 16]},
-            "keep",
-            "'stage1.0.bn1' lists channel 16; the layer has 0 to 15",
-        ),
-        ({"stage1.0.bn1": [0.3] * 16}, "keep", "'stage1.0.bn1' holds 0.3…; expected a bool"),
-        ({"stage1.0.bn1": "all"}, "keep", "'stage1.0.bn1' is 'all'; expected a bool"),
-        ({"stage1.0.bn1": []}, "keep", "mask for 'stage1.0.bn1' keeps no channel"),
-        (
-            {"stage1.0.bn1": [0], "stage1.0.conv1": [1]},
-            "keep",
-            "'stage1.0.conv1' says another thing",
-        ),
-        ({}, "prune", "means='prune': what the masks list is to 'keep' or to 'drop'"),
-        ([1, 2], "keep", "holds a list; expected a dict"),
-    ],
-)
-def test_masks_of_others_that_do_not_fit(content, means, message, tmp_path):
-    (tmp_path / "masks.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        ms.load_masks(tmp_path / "masks.json", ms.resnet(8), X, means)
 
 
 @pytest.mark.parametrize("reduction", [0.1, 0.5, 0.9])

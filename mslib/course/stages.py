@@ -9,7 +9,7 @@ from ..costs import cost
 from ..data.sources import load_data
 from ..files import ROOT, read_json, read_tensors, write_json
 from ..networks import load
-from ..pruning.masks import load_masks
+from ..pruning.maskfiles import load_masks
 from ..training.loop import evaluate
 from ..training.runs import check_settings, environment, read_history
 from .settings import config

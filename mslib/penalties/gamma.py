@@ -4,7 +4,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.channels import as_graph
 from ..pruning.maskfiles import fingerprint
 from ..pruning.masks import check_mask
 from ..training.loop import MOMENTUM, learning_rates

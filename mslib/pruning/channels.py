@@ -5,7 +5,6 @@ those that can only go together. Here the result is checked, and asked. Channels
 root go together or stay together.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -15,9 +14,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..files import nearest, reason
-from ..networks import call, sync_widths, unwrap
+from ..networks import call, copied, sync_widths, tensors_in, unwrap
 from .labels import NO_CHANNEL, Notes, Weight
-from .trace import Tracer, outputs_of
+from .trace import Tracer, without_numbers
 
 
 class ChannelGraph:
@@ -68,25 +67,24 @@ class ChannelGraph:
             is_parameter = isinstance(tensor, nn.Parameter)
             bare[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
             known[id(bare[id(tensor)])] = weights[name]
-        for m in self.modules.values():  # tensors that are neither parameters nor buffers
-            for value in vars(m).values():
-                if isinstance(value, torch.Tensor):
-                    bare.setdefault(id(value), value.to("meta"))
-        model = copy.deepcopy(self.model, bare).eval()
+        model = copied(self.model, bare).eval()
         for name, ids in notes.depthwise.items():  # of a network that is cut
-            model.get_submodule(name).groups = len(ids)
+            layer: Any = model.get_submodule(name)
+            layer.groups = len(ids)
+        sync_widths(model)
         tracer = Tracer(notes, known, self.modules)
         try:
             with torch.no_grad(), tracer:
-                out = call(sync_widths(model), tree_map(_without_numbers, self.example))
+                out = call(model, tree_map(without_numbers, self.example))
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "
                 "Its forward must run on an example of the right size and type, and must not "
                 "branch on the values of tensors"
             ) from error
-        for value in outputs_of(out, tracer.values):
-            notes.keep(value.ids, "it is an output of the network")
+        for tensor in tensors_in(out):
+            if id(tensor) in tracer.values:
+                notes.keep(tracer.values[id(tensor)].ids, "it is an output of the network")
         self._refuse_unreached(tracer.touched)
 
     def _refuse_unreached(self, touched: set[str]) -> None:
@@ -113,12 +111,26 @@ class ChannelGraph:
         for ids, why in [*notes.kept, never]:
             for root in set(self.root[ids].flatten().tolist()):
                 self.reasons.setdefault(root, why)
+        for name, ids in [*self.outputs.items(), *self.norms.items()]:
+            if len(roots := set(self.root[ids].tolist())) == 1:
+                why = f"all channels of {name} go together, and one must stay"
+                self.reasons.setdefault(roots.pop(), why)
+        while stuck := {n: why for n in self.norms if (why := self._partly(n))}:
+            for norm, why in stuck.items():
+                self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)
         alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
         self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
         gated = torch.zeros(len(self.root), dtype=torch.bool)
         for name, constants in notes.constants.items():
             gated[self.root[self.inputs[name][constants.isnan()]]] = True
         self.gated = gated[self.root]  # bool [ids]: some reader sees more of it than a constant
+
+    def _partly(self, norm: str) -> str:
+        """Why a BatchNorm of which some channels stay, and others might go, stays whole."""
+        stay = [root in self.reasons for root in self.root[self.norms[norm]].tolist()]
+        return (
+            f"{norm} scales it together with others that stay" if 0 < sum(stay) < len(stay) else ""
+        )
 
     # ---- probing: a cut network must do with what is left what this one did ----
 
@@ -293,10 +305,6 @@ def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
     return kept[ends].diff().tolist()
 
 
-def _without_numbers(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, torch.Tensor) else x
-
-
 def _refuse_example(model: nn.Module, example: Any) -> None:
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if kind is None:
@@ -322,10 +330,10 @@ def _refuse_reparametrized(modules: dict[str, Any]) -> None:
             remedy = "torch.nn.utils.remove_weight_norm(layer)"
         elif "weight_orig" in m._parameters and "weight_u" in m._buffers:
             remedy = "torch.nn.utils.remove_spectral_norm(layer)"
-        elif "weight_orig" in m._parameters:
-            remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+        elif masked := [key for key in m._parameters if key.endswith("_orig")]:
+            remedy = f"torch.nn.utils.prune.remove(layer, {masked[0].removesuffix('_orig')!r})"
         if remedy:
             raise ValueError(
-                f"the weight of {name!r} is computed from other tensors; make it an ordinary one "
+                f"a weight of {name!r} is computed from other tensors; make it an ordinary one "
                 f"first: layer = model.get_submodule({name!r}); {remedy}"
             )

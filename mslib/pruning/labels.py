@@ -112,14 +112,21 @@ class Weight:
         return Weight(name, data, long[0] if len(long) == 1 else None)
 
     @property
-    def layer(self) -> str:
+    def module(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def layer(self) -> str:
+        """The module whose `weight` this is; else its own name, as a module may have several."""
+        return self.module if self.name.endswith(".weight") else self.name
 
     def view(self, data: torch.Tensor) -> "Weight":
         """The weight that an operation made of this one, with its numbers."""
-        turned = self.data.T if self.data.ndim == 2 else None
-        same = turned is not None and (data.shape, data.stride()) == (turned.shape, turned.stride())
-        return Weight(self.name, data, self.axis, True, same and not self.moved)
+        turned = False
+        if self.data.ndim == 2 and data.ndim > 1 and not any(data.stride()[:-2]):
+            matrix = self.data if self.transposed else self.data.T
+            turned = matrix.shape == data.shape[-2:] and matrix.stride() == data.stride()[-2:]
+        return Weight(self.name, data, self.axis, True, turned)
 
     def numbers(self) -> torch.Tensor:
         """float64, on the CPU; nan where they are not known."""

@@ -15,6 +15,7 @@ from .groups import short
 from .scores import Scores, gammas, shared_scores
 
 log = logging.getLogger("mslib")
+NOTHING = "the network has no prunable BatchNorm; ms.channel_groups says why"
 ONE = "keep at least one, or nothing passes the layer"
 
 Masks = dict[str, torch.Tensor]
@@ -75,9 +76,7 @@ def masks_for_macs(
     chosen = _told_apart(free) if scores is None else scores
     chosen = {name: s for name, s in chosen.items() if scores is None or not keep or name in free}
     if not chosen:
-        raise ValueError(
-            f"{type(graph.model).__name__} has no prunable BatchNorm; ms.channel_groups says why"
-        )
+        raise ValueError(NOTHING)
     chosen = shared_scores(graph, chosen)
     ranks = _ranks(graph, chosen)
 
@@ -122,6 +121,8 @@ def masks_for_ratio(
     if scores is None:
         model = as_graph(model, example)
         scores = gammas(model)
+    if not scores:
+        raise ValueError(NOTHING)
     channels = all(s.ndim == 1 for s in scores.values())  # of channels, not of weights
     for prefix, fraction in each.items():
         if not 0 <= fraction < 1:

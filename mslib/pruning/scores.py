@@ -53,7 +53,7 @@ def filter_norms(
     graph = as_graph(model, example)
     writer, scores = graph.conv_before, {}
     for name in graph.prunable_norms(residual, keep):
-        if name in writer:
+        if writer.get(name) in graph.modules:
             scores[name] = by_filter(graph.modules[writer[name]])
     return scores
 
@@ -74,6 +74,8 @@ def outgoing_norms(
     graph = as_graph(model, example)
     total = torch.zeros(len(graph.root))
     for name, ids in graph.inputs.items():
+        if name not in graph.modules:  # a weight that its module uses by a function
+            continue
         weight = _size(graph.modules[name].weight)
         if isinstance(
             graph.modules[name], nn.modules.conv._ConvTransposeNd

@@ -1,14 +1,13 @@
 """Surgery: from a network and a keep-mask to a smaller network that computes the same."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..files import reason
-from ..networks import call, sync_widths
+from ..networks import call, copied, sync_widths, tensors_in
 from .channels import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
@@ -47,7 +46,7 @@ def prune(
     small = _cut(graph, drop)
     _verify(graph, small, _silenced(graph, drop, keep_bias=False))
     if fold_bias:
-        folded = copy.deepcopy(graph.model)
+        folded = copied(graph.model)
         _fold(graph, dict(folded.named_modules()), drop)
         small = _cut(graph, drop, folded)
     return small
@@ -72,7 +71,7 @@ def zero_masked(
 
 @torch.no_grad()
 def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
-    zeroed = copy.deepcopy(graph.model)
+    zeroed = copied(graph.model)
     modules: dict[str, Any] = dict(zeroed.named_modules())
     for name, ids in graph.norms.items():
         norm, gone = modules[name], drop[ids]
@@ -106,22 +105,25 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
             smaller = sources[name].to(tensor.device)
         is_parameter = isinstance(tensor, nn.Parameter)
         made[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
-    small = copy.deepcopy(model, made)
+    small = copied(model, made)
     for name, ids in graph.notes.depthwise.items():
-        small.get_submodule(name).groups = int((~drop[ids]).sum())
-    return sync_widths(small)
+        layer: Any = small.get_submodule(name)
+        layer.groups = int((~drop[ids]).sum())
+    sync_widths(small)
+    return small
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
     """Carry the constants of the dropped channels into what follows each layer that reads them; in
     place."""
     for name, ids in graph.inputs.items():
-        layer, gone = modules[name], drop[ids]
+        gone = drop[ids]
         lost = torch.where(
             gone & ~graph.gated[ids], graph.notes.constants[name], 0
         )  # [channels read]
         if not lost.any():
             continue
+        layer = modules[name]
         groups = getattr(layer, "groups", 1)
         weight = layer.weight.reshape(
             groups, len(layer.weight) // groups, layer.weight.shape[1], -1
@@ -145,8 +147,10 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     """Refuse a cut that computes anything else on the example, or does not run in training mode."""
     device = next(small.parameters()).device
     example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
-    trial = copy.deepcopy(small)
+    trial = copied(small)
     found, wanted = _outputs(trial.eval(), example), _outputs(zeroed.eval(), example)
+    if not wanted:
+        raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
         raise ValueError(
             "the network's outputs on the example are not finite, before any cut: it has diverged; "
@@ -168,7 +172,7 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
         _outputs(trial.train(), example)
     except Exception as error:
         try:  # for some BatchNorms a batch of one is too small, cut or not
-            _outputs(copy.deepcopy(graph.model).train(), example)
+            _outputs(copied(graph.model).train(), example)
         except Exception:
             return
         raise ValueError(
@@ -183,4 +187,4 @@ def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
         torch.random.fork_rng(devices),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
     ):
-        return [t for t in tree_leaves(call(model, example)) if isinstance(t, torch.Tensor)]
+        return tensors_in(call(model, example))

@@ -15,8 +15,9 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..networks import PaddedShortcut
 from .labels import NO_CHANNEL, Notes, Row, Value, Weight
@@ -50,8 +51,11 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = _run(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        given = args
+        if any(t.is_meta for t in tensors):  # forward may make tensors without asking for a device
+            args, kwargs = tree_map(without_numbers, (args, kwargs))
+        out = _run(func, args, kwargs)
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
         known = [v for t in tensors if (v := self._read(t)) is not None]
@@ -61,10 +65,17 @@ class Tracer(TorchDispatchMode):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif not self._passes_on(func, func.overloadpacket, args, kwargs, out):
-            for value in known:
-                self.notes.keep(value.ids, f"it enters {_name(func)!r}, which mslib cannot cut")
+        elif (
+            func._schema.is_mutable
+            and args[0] is not given[0]
+            or not self._passes_on(func, func.overloadpacket, args, kwargs, out)
+        ):  # written to another device
+            self._lose(func, known)
         return out
+
+    def _lose(self, func, values: list[Value]) -> None:
+        for value in values:
+            self.notes.keep(value.ids, f"it enters {_name(func)!r}, which mslib cannot cut")
 
     # ---- what is known of a tensor ----
 
@@ -102,10 +113,10 @@ class Tracer(TorchDispatchMode):
             weight = self.weights[id(args[0])]
             self.weights[id(out)] = weight.view(func(weight.data, *args[1:], **kwargs))
 
-    def _row(self, x: torch.Tensor, layer: str) -> Row | None:
-        """The row of channels in axis 1 that a layer reads; one that is mixed up stays whole."""
+    def _row(self, x: torch.Tensor, layer: str, dim: int = 1) -> Row | None:
+        """The row of channels in axis `dim` that a layer reads; what is mixed up stays whole."""
         value = self.values.get(id(x))
-        row = value.row(1, x.shape) if value else None
+        row = value.row(dim, x.shape) if value else None
         if value and not row:
             self.notes.keep(value.ids, f"{layer} reads it along other axes than the channels")
         return row
@@ -115,7 +126,7 @@ class Tracer(TorchDispatchMode):
     def _layer(self, packet, args, out) -> bool:
         if packet is aten.convolution:
             return self._convolution(args, out)
-        if packet is aten.mm:
+        if packet in (aten.mm, aten.bmm):
             return self._linear(None, args[0], args[1], out)
         if packet is aten.addmm:
             return self._linear(args[0], args[1], args[2], out)
@@ -128,20 +139,21 @@ class Tracer(TorchDispatchMode):
         if own is None or own.moved:
             return False  # computed on the way, as by weight standardization
         row = self._row(x, own.layer)
-        # A cut grouped convolution may be left with one channel a group: no depthwise one for that.
-        if row and 1 < groups == x.shape[1] and own.layer not in self.notes.dense_before:
+        # A cut grouped convolution may be left with one channel a group, a depthwise one with one.
+        depthwise = 1 < groups == x.shape[1] and own.layer not in self.notes.dense_before
+        if row and (depthwise or own.layer in self.notes.depthwise):
             made = self._depthwise(own, bias, row, out.shape[1] // groups, transposed)
         else:
             made = self._dense(own, bias, row, out.shape[1], groups, transposed)
         return self._label(out, made.along(1, out.ndim))
 
     def _linear(self, bias, x, weight, out) -> bool:
-        """x [M, in] times a transposed weight [in, out]."""
-        own = self.weights.get(id(weight))
+        """x [(N,) M, in] times a transposed weight [(N,) in, out]."""
+        own, last = self.weights.get(id(weight)), out.ndim - 1
         if own is None or not own.transposed:
             return False
-        made = self._dense(own, bias, self._row(x, own.layer), out.shape[1], 1, False)
-        return self._label(out, made.along(1, out.ndim))
+        made = self._dense(own, bias, self._row(x, own.layer, last), out.shape[last], 1, False)
+        return self._label(out, made.along(last, out.ndim))
 
     def _dense(
         self, own: Weight, bias, row: Row | None, width: int, groups: int, transposed: bool
@@ -161,7 +173,8 @@ class Tracer(TorchDispatchMode):
             notes.slice(
                 own.name, 1 - transposed, read if transposed else read[: len(read) // groups]
             )
-            notes.read(own.layer, row, constant=not transposed)
+            constant = not transposed and own.layer in self.modules
+            notes.read(own.layer, row, constant)
         elif groups > 1:
             notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
@@ -186,15 +199,16 @@ class Tracer(TorchDispatchMode):
         own = self.weights.get(id(mean if gamma is None else gamma))
         if own is None:
             return False
-        notes, norm, row = self.notes, own.layer, self._row(x, own.layer)
+        notes, norm, row = self.notes, own.module, self._row(x, own.module)
         ids = row.ids if row else notes.begin(norm, x.shape[1])
         if not row:
             notes.keep(ids, f"what {norm} reads cannot be followed")
-        if gamma is None or beta is None or training:
-            notes.keep(ids, f"{norm} has no γ (affine) or no statistics (track_running_stats)")
+        by_function = not isinstance(self.modules.get(norm), _BatchNorm)
+        if gamma is None or beta is None or training or by_function:
+            notes.keep(ids, f"{norm} is no BatchNorm with γ, β and running statistics")
         for weight in (gamma, beta, mean, variance):
             self._slice(weight, ids)
-        if gamma is None or beta is None:
+        if gamma is None or beta is None or by_function:
             return self._label(out, Value.unknown(ids, norm).along(1, out.ndim))
         value = self.values.get(id(x))
         notes.scale(norm, ids, value)
@@ -306,24 +320,26 @@ class Tracer(TorchDispatchMode):
         if not (labelled and alone and isinstance(out, torch.Tensor)):
             return False
         known = [self.values[id(t)].aligned(out.ndim) for t in labelled]
-        ids, size = known[0].ids, _aligned(labelled[0].shape, out.ndim)
-        for value, tensor in zip(known[1:], labelled[1:], strict=True):
-            other = _aligned(tensor.shape, out.ndim)
-            ids, size = self._meet(ids, size, value.ids, other), torch.broadcast_shapes(size, other)
+        ids = known[0].ids
+        for value in known[1:]:
+            ids = self._meet(ids, value.ids)
         for t in tensors:
             if id(t) not in self.values and not self._meet_tensor(Value.unknown(ids), t, out):
                 return False
         if len(known) > 1 and packet not in PRODUCTS:
             self.notes.add(ids, [self.values[id(t)].maker for t in labelled])
-        dead, constant = self._numbers_of(func, packet, args, kwargs, out.ndim)
+        try:
+            dead, constant = self._numbers_of(func, args, kwargs, out.ndim)
+        except (RuntimeError, NotImplementedError):  # not for float64
+            return False
         shape = torch.broadcast_shapes(ids.shape, dead.shape, constant.shape)
         made = Value(ids.expand(shape), dead.expand(shape), constant.expand(shape))
         return self._label(out, made.compact(self.notes))
 
-    def _meet(self, a: torch.Tensor, a_size, b: torch.Tensor, b_size) -> torch.Tensor:
+    def _meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Join the ids of two operands and return them; one that is spread over others stays."""
-        for ids, size, other in ((a, a_size, b), (b, b_size, a)):
-            if any(n == 1 < m for n, m in zip(size, other.shape, strict=True)):
+        for ids, other in ((a, b), (b, a)):
+            if any(n == 1 < m for n, m in zip(ids.shape, other.shape, strict=True)):
                 self.notes.keep(ids, "it is spread over several channels")
                 return other
         self.notes.join(a, b)
@@ -348,26 +364,26 @@ class Tracer(TorchDispatchMode):
         weight = self.weights.get(id(operand))
         return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
 
-    def _numbers_of(self, func, packet, args, kwargs, ndim: int):
-        """(dead, constant) behind a pointwise operation, which itself says what it makes of
-        both."""
-        constants, zeros, deads = [], [], []
-        for a in args:
+    def _numbers_of(self, func, args, kwargs, ndim: int):
+        """(dead, constant) behind a pointwise operation.
+
+        It is carried out with the numbers that are known, and eight others for each that is not:
+        what comes out the same each time does not depend on them.
+        """
+        zeros, constants = list(args), list(args)
+        for i, a in enumerate(args):
             if id(a) in self.values:
                 value = self.values[id(a)].aligned(ndim)
-                deads.append(value.dead)
-                constants.append(value.constant)
-                zeros.append(torch.where(value.dead, 0.0, torch.nan).double())
-            else:
-                constants.append(self._numbers(a))
-                is_tensor = isinstance(a, torch.Tensor)
-                zeros.append(torch.full_like(constants[-1], torch.nan) if is_tensor else a)
-        if packet is aten._to_copy:  # to another type or device
-            return deads[0], constants[0]
-        dead, constant = _apply(func, zeros, kwargs) == 0, _apply(func, constants, kwargs).double()
-        for other in deads if packet in PRODUCTS else ():  # zero times anything
-            dead = dead | other
-        return dead, constant
+                zeros[i] = _guessed(torch.where(value.dead, 0.0, torch.nan), i)
+                constants[i] = _guessed(value.constant, i)
+            elif isinstance(a, torch.Tensor):
+                numbers = self._numbers(a)
+                numbers = numbers.reshape((1,) * (ndim - numbers.ndim) + tuple(numbers.shape))
+                zeros[i] = _guessed(torch.full_like(numbers, torch.nan), i)
+                constants[i] = _guessed(numbers, i)
+        silent, known = (_apply(func, operands, kwargs) for operands in (zeros, constants))
+        same = (known == known[0]).all(0)
+        return (silent == 0).all(0), torch.where(same, known[0].double(), torch.nan)
 
     def _pad(self, value: Value, args, kwargs, out) -> bool:
         """Zeros around the image change no channel. Zeros beside the channels belong to none."""
@@ -395,12 +411,13 @@ class Tracer(TorchDispatchMode):
         weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
         if weight is None or not row:
             return False
-        if not isinstance(self.modules.get(weight.layer), PaddedShortcut):
+        shortcut = weight.module
+        if not isinstance(self.modules.get(shortcut), PaddedShortcut):
             return False
         source = weight.data.cpu()
-        ids = self.notes.begin(weight.layer, len(source))
-        made = Value(ids, row.dead[source], row.constant[source], weight.layer)
-        self.notes.copy(weight.layer, row.ids[1:], made, source)
+        ids = self.notes.begin(shortcut, len(source))
+        made = Value(ids, row.dead[source], row.constant[source], shortcut)
+        self.notes.copy(shortcut, row.ids[1:], made, source)
         return self._label(out, made.along(1, out.ndim))
 
     def _mean(self, packet, value: Value, args, out) -> bool:
@@ -418,12 +435,27 @@ class Tracer(TorchDispatchMode):
         return self._label(out, value.again())
 
 
+def _guessed(numbers: torch.Tensor, place: int) -> torch.Tensor:
+    """float64 [8, …]: the numbers, and for each nan eight of both signs, others at each place."""
+    draws = torch.rand(8, *numbers.shape, generator=torch.Generator().manual_seed(place)).double()
+    sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * numbers.ndim)
+    return torch.where(numbers.isnan(), sign * (0.5 + 3 * draws), numbers.double())
+
+
 def _apply(func, operands, kwargs):
-    """A pointwise operation on operands that it may change in place, as large as its result."""
+    """A pointwise operation on operands [8, …], as large as its result: it may work in place."""
     sizes = [a.shape for a in operands if isinstance(a, torch.Tensor)]
     shape = torch.broadcast_shapes(*sizes)
     whole = [a.expand(shape).clone() if isinstance(a, torch.Tensor) else a for a in operands]
+    if func.overloadpacket is aten.where:
+        whole[0] = whole[0] > 0
+    if func.overloadpacket is aten._to_copy:  # to another type or device
+        return whole[0]
     return func(*whole, **kwargs)
+
+
+def without_numbers(x):
+    return x.to("meta") if isinstance(x, torch.Tensor) and not x.is_meta else x
 
 
 def _run(func, args, kwargs):
@@ -441,9 +473,3 @@ def _name(func) -> str:
 def _aligned(shape, ndim: int) -> tuple[int, ...]:
     """A shape with axes of size 1 in front, as broadcasting adds them."""
     return (1,) * (ndim - len(shape)) + tuple(shape)
-
-
-def outputs_of(out, values: dict[int, Value]) -> list[Value]:
-    """The values of all tensors that a network returned, in dicts, lists, tuples, dataclasses."""
-    found = (values.get(id(t)) for t in tree_leaves(out))
-    return [value for value in found if value is not None]
