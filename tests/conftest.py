@@ -67,7 +67,7 @@ def lively(model, seed=0):
     """Random BatchNorms, as after training: every channel matters. In evaluation mode."""
     torch.manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
             nn.init.uniform_(m.weight, 0.1, 1)
             nn.init.normal_(m.bias, 0, 0.3)
             nn.init.normal_(m.running_mean, 0, 0.3)

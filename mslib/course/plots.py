@@ -180,7 +180,7 @@ def gamma_histograms(
     if axes is None:
         _, axes = figure(title, columns=len(panels), sharey=True)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
-    top = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
+    top: float = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
         for flag, label in ((1, "kept"), (0, "dropped")):
             ax.hist(

@@ -75,7 +75,8 @@ def outgoing_norms(
     total = torch.zeros(len(graph.root))
     for name, ids in graph.inputs.items():
         if name in graph.modules:  # not a weight that its module uses by a function
-            sent = _sent(graph.modules[name], graph.modules.get(graph.norm_after.get(name, ""), None))
+            norm = graph.norm_after.get(name)
+            sent = _sent(graph.modules[name], graph.modules[norm] if norm else None)
             total.index_add_(0, graph.root[ids], sent)
     found = gammas(graph, None, residual, keep)
     return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}

@@ -28,11 +28,11 @@ class Settings:
     def __post_init__(self):
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or not least <= value < 2**32:
+            if not isinstance(value, Integral) or not least <= int(value) < 2**32:
                 raise ValueError(f"{name}={value!r}: expected a whole number, at least {least}")
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
                 raise ValueError(f"{name}={value!r}: expected a finite number, not below 0")
         if self.lr == 0:
             raise ValueError(f"lr={self.lr}: it must be above 0, for example 0.1")
