@@ -109,7 +109,7 @@ class Tracer(TorchDispatchMode):
         """A view of a weight, such as a linear layer's transposed matrix, is still that weight."""
         if not args or id(args[0]) not in self.weights or not isinstance(out, torch.Tensor):
             return
-        if func.is_view:
+        if func.is_view or func.overloadpacket is aten._unsafe_view:
             weight = self.weights[id(args[0])]
             self.weights[id(out)] = weight.view(func(weight.data, *args[1:], **kwargs))
 
