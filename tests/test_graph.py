@@ -1219,8 +1219,8 @@ def test_other_precisions(dtype, limit):
         ({1: torch.ones(8, dtype=torch.bool)}, "mask for 1"),
         ({"0.1": None}, "NoneType; expected a bool tensor"),
         ({"0.1": torch.ones(8)}, "torch.float32; expected a bool tensor"),
-        ({"0.1": torch.ones(7, dtype=torch.bool)}, r"shape \[7\]; the layer has 8"),
-        ({"0.1": torch.ones(8, 1, dtype=torch.bool)}, r"shape \[8, 1\]; the layer has 8"),
+        ({"0.1": torch.ones(7, dtype=torch.bool)}, r"shape \[7\]; the layer has \[8\]"),
+        ({"0.1": torch.ones(8, 1, dtype=torch.bool)}, r"shape \[8, 1\]; the layer has \[8\]"),
         ({"0.1": torch.zeros(8, dtype=torch.bool)}, "keeps no channel"),
     ],
 )
