@@ -4,8 +4,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --only 00-05
-# digits that honestly differ between machines are compared as this file says
-SANITIZE := $(addprefix --nbval-sanitize-with ,$(wildcard tests/sanitize.cfg))
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: run test lab bench notebooks clean
@@ -16,11 +14,11 @@ run: .venv/ready
 # two processes with a thread each: of all ways to use two cores, the one that spends least on waiting
 test: .venv/ready
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
-	MSLIB_RUNS=$$runs MSLIB_PRESET=quick OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --nbval $(SANITIZE) notebooks tests
+	MSLIB_RUNS=$$runs MSLIB_PRESET=quick MSLIB_KEEP_MEMORY=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --nbval notebooks tests
 
 lab: .venv/ready
-	$(BIN)/jupyter lab $(ALLOW_ROOT) --notebook-dir=. notebooks/00_start_here.ipynb
+	MSLIB_KEEP_MEMORY=1 $(BIN)/jupyter lab $(ALLOW_ROOT) --notebook-dir=. notebooks/00_start_here.ipynb
 
 bench: .venv/ready
 	$(BIN)/python -m mslib bench

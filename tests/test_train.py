@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mslib as ms
-from mslib.data.tensors import Data, Split, batches, normalize
+from mslib.data.tensors import Data, batches, normalize
 from mslib.files import ROOT, read_tensors
 from mslib.training.device import pick_layout, pick_precision
 from mslib.training.runs import Run, locked, read_history
@@ -450,8 +450,10 @@ def test_the_callers_random_state_and_precision_stay(tmp_path):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def float_split(split):
-    return Split(split.images.float(), split.labels)
+def labelled(change):
+    """Batches of the images of `DATA`, with other labels."""
+    split = DATA.train
+    return DataLoader(TensorDataset(normalize(split.images), change(split.labels)), 16)
 
 
 DATA = tiny_data()
@@ -477,21 +479,12 @@ WRONG = {
     ),
     "weights of torch.float64; fit trains float32": dict(model=small().double()),
     "no parameter to train": dict(model=small().requires_grad_(False)),
-    "images of a Split are uint8.*DataLoader": dict(
-        data=Data("x", float_split(DATA.train), DATA.val, DATA.test, DATA.classes)
-    ),
     "images are torch.uint8; expected float32: ms.normalize": dict(
         data=DataLoader(TensorDataset(DATA.train.images, DATA.train.labels), 16)
     ),
-    "label 3: the network has 3": dict(
-        data=loader(Split(DATA.train.images, DATA.train.labels + 1))
-    ),
-    "label -1: the network has 3": dict(
-        data=Data("x", Split(DATA.train.images, DATA.train.labels - 1), DATA.val, DATA.test, ())
-    ),
-    "labels are torch.float32 .16.; expected int64": dict(
-        data=loader(Split(DATA.train.images, DATA.train.labels.float()))
-    ),
+    "label 3: the network has 3": dict(data=labelled(lambda labels: labels + 1)),
+    "label -1: the network has 3": dict(data=labelled(lambda labels: labels - 1)),
+    "labels are torch.float32 .16.; expected int64": dict(data=labelled(torch.Tensor.float)),
     "the DataLoader has no batch": dict(data=loader(DATA.train, 65, drop_last=True)),
     "a batch is a Tensor; expected a pair": dict(data=DataLoader(normalize(DATA.train.images), 16)),
     "data is a Tensor; expected": dict(data=DATA.train.images),

@@ -158,8 +158,10 @@ def _following(path: Path, title: str, say: Say) -> Iterator[None]:
                         say(f"  {line}")
                     seen = log.tell()
 
-    before = os.environ.get("MSLIB_LOG")
-    os.environ["MSLIB_LOG"] = str(path)
+    # kernels inherit these: the log of their trainings, and memory kept from step to step
+    here = {"MSLIB_LOG": str(path), "MSLIB_KEEP_MEMORY": "1"}
+    before = {name: os.environ.get(name) for name in here}
+    os.environ.update(here)
     say(f"{title}: running")
     thread, how = threading.Thread(target=follow, daemon=True), "stopped"
     thread.start()
@@ -169,8 +171,7 @@ def _following(path: Path, title: str, say: Say) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if before is None:
-            os.environ.pop("MSLIB_LOG")
-        else:
-            os.environ["MSLIB_LOG"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
         say(f"{title}: {how} after {time.monotonic() - began:.0f} s")

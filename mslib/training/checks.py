@@ -58,11 +58,6 @@ def as_data(data: Any, batch_size: int) -> Data:
 def first_batch(train: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, float [n, C, H, W], and labels: a loader's first batch; of a `Split` all labels."""
     if isinstance(train, Split):
-        if train.images.dtype != torch.uint8:
-            raise ValueError(
-                f"the images of a Split are uint8, 0 to 255; these are {train.images.dtype}. "
-                "Give images in another form through a DataLoader"
-            )
         return next(batches(train.subset(slice(0, 1)), 1))[0], train.labels
     batch = next(iter(train), None)
     if batch is None:
