@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import mslib as ms
 
 from .conftest import lively
-from .cutting import Net, cbr, cut_exactly, difference, image, outputs, silenced, size
+from .cutting import Net, cbr, cut_exactly, difference, half, image, outputs, silenced, size
 
 X = image()
 
@@ -241,7 +241,7 @@ CUT = {  # name -> (network, BatchNorms whose channels are free)
         ),
         1,
     ),
-    "pixel shuffle": (lambda: stem_then(nn.PixelShuffle(2), head(2)), 1),
+    "pixel shuffle": (lambda: stem_then(cbr(8, 16), nn.PixelShuffle(2), head(4)), 2),
     "pixel shuffle, functional": (
         lambda: stem_and(lambda net, x: net.out(F.pixel_shuffle(x, 2)), out=head(2)),
         1,
@@ -733,6 +733,25 @@ def test_layers_by_functions():
     answers(graph)
 
 
+class Blur(nn.Module):
+    """A fixed filter for each channel, by function: how many groups there are is a plain number."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kernel", torch.full((channels, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel, padding=1, groups=self.channels)
+
+
+def test_depthwise_by_function():
+    model = stem_then(cbr(8, 6), Blur(6), cbr(6, 5), head(5))
+    graph, masks, _ = cut_exactly(lively(model).double(), X)
+    assert "0.1" in masks and "3.1" in masks
+    answers(graph)
+
+
 RECURRENT = {
     "LSTM": lambda: nn.LSTM(8, 5, 2, batch_first=True),
     "GRU": lambda: nn.GRU(8, 5, bidirectional=True, batch_first=True),
@@ -915,9 +934,7 @@ def test_a_replaced_forward_of_a_layer_is_seen():
     assert len(masks) == 2
     old = model[2].forward
     model[2].forward = lambda x: old(x) * 2  # bound to this layer: no copy can have it
-    with pytest.raises(
-        ValueError, match="cannot be traced|differs from|does not reach '2'"
-    ):
+    with pytest.raises(ValueError, match="cannot be traced|differs from|does not reach '2'"):
         cut_exactly(model, X)
 
 
@@ -939,6 +956,21 @@ def test_padding_of_all_kinds_and_folding(mode):
     assert inside < 1e-9 * wanted.abs().max()
     assert (difference(folded, kept, X) < 1e-9) == (mode != "zeros")
     assert difference(ms.prune(graph, masks), kept, X) > 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in CUT if CUT[n][1] > 0])
+def test_folding_is_exact_wherever_there_is_no_border(name):
+    model = lively(CUT[name][0]()).double()
+    for m in model.modules():  # 3×3 kernels with a border become 1×1 ones
+        if isinstance(m, nn.Conv2d) and m.padding != (0, 0):
+            m.weight = nn.Parameter(m.weight.sum((2, 3), keepdim=True))
+            m.kernel_size, m.padding = (1, 1), (0, 0)
+    graph = ms.ChannelGraph(model, X)
+    for seed in range(3):
+        masks = half(graph, seed=seed)
+        folded = ms.prune(graph, masks, fold_bias=True)
+        kept = ms.zero_masked(graph, masks, keep_bias=True)
+        assert difference(folded, kept, X) < 1e-9
 
 
 @pytest.mark.parametrize("pad", [nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ZeroPad2d])
