@@ -4,26 +4,30 @@
 
 Three floors, in the order in which one reads them:
 
-- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms, outgoing_norms, weight_norms;
-  masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune, zero_masked.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They add up.
-- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates.
+- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
+  outgoing_norms, weight_norms; masks_below, masks_for_macs, masks_for_ratio, save_masks,
+  load_masks; prune, zero_masked.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
+  add up; Penalty is the base class of one's own.
+- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
 
-They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg, network, save, load),
-`costs` (cost, latency) and `exports` (export). Above them, loaded only when asked for: `course` (config, stage,
-require, image_folder, reference, published, scoreboard, plots).
+They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
+network, untrained, save, load), `costs` (cost, latency) and `exports` (export). Above them, loaded
+only when asked for, is the `course` (config, stage, require, data_of, image_folder, reference,
+published, scoreboard, tables, plots).
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from .costs import cost, latency
 from .data.sources import load_data, load_folder
 from .data.tensors import Data, Split, normalize
 from .exports import export
-from .networks import PaddedShortcut, load, network, resnet, save, vgg
+from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
+from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
-from .penalties.gamma import GlobalL1, HoldZero, MaskedL1, push
+from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
 from .pruning.channels import ChannelGraph
 from .pruning.groups import channel_groups
@@ -31,25 +35,23 @@ from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
 from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
 from .pruning.surgery import prune, zero_masked
-from .training.loop import evaluate, fit, learning_rates, recalibrate
+from .training.loop import evaluate, fit, recalibrate
 from .training.runs import environment
+from .training.schedules import learning_rates
 
-try:
-    __version__ = version("mslib")
-except PackageNotFoundError:  # imported from a folder that is not installed
-    __version__ = "0.2.0"
+__version__ = "0.2.0"
 
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
     "data_of": "stages",
     "image_folder": "images",
-    "notebook_config": "settings",
     "plots": "plots",
     "published": "results",
     "reference": "results",
     "require": "lessons",
     "scoreboard": "results",
     "stage": "stages",
+    "tables": "results",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "HoldZero",
     "MaskedL1",
     "PaddedShortcut",
+    "Penalty",
     "Split",
     "channel_groups",
     "cost",
@@ -89,6 +92,7 @@ __all__ = [
     "resnet",
     "save",
     "save_masks",
+    "untrained",
     "vgg",
     "weight_norms",
     "zero_masked",
@@ -96,8 +100,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    """The names of the course load their module, and with it matplotlib and seaborn, when they are first used."""
+def __getattr__(name: str) -> Any:
+    """Names of the course load their module, and with it matplotlib, when they are first used."""
     if name not in _COURSE:
         raise AttributeError(f"module 'mslib' has no attribute {name!r}")
     module = import_module(f".course.{_COURSE[name]}", __name__)

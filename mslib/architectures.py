@@ -170,7 +170,7 @@ def _bounded(**recipe: Any) -> dict[str, Any]:
         kind = (int, type(most))  # whole numbers pass for the width too
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
             what = "number" if isinstance(most, float) else "whole number"
-            raise ValueError(f"{name}={value!r}: expected a {what} from {least} to {most}")
+            raise ValueError(f"{name}={value!r:.99}: expected a {what} from {least} to {most}")
     return recipe
 
 
@@ -246,7 +246,9 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     known = list_models()
     if name not in known:
         hint = nearest(str(name)[:100], known)
-        raise ValueError(f"unknown network {name!r}{hint}; see torchvision.models.list_models()")
+        raise ValueError(
+            f"unknown network {name!r:.99}{hint}; see torchvision.models.list_models()"
+        )
     builder = get_model_builder(name)
     if {"detection", "optical_flow"} & {*builder.__module__.split(".")}:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .exports import feed, quiet, session
 from .files import reason
-from .networks import as_inputs, map_images, meta_copy, unwrap
+from .networks import as_inputs, map_images, meta_copy, misfit, unwrap
 
 log = logging.getLogger("mslib")
 
@@ -64,18 +64,6 @@ def cost(model: nn.Module, example: Any) -> Cost:
         except Exception as error:  # of any kind, from inside the network
             raise ValueError(misfit(model, example, error)) from error
     return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
-
-
-def misfit(model: nn.Module, example: Any, error: Exception) -> str:
-    """Why `model` does not run on `example`: types and shapes of both."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, torch.Tensor)]
-    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors[:3])
-    weights = {str(p.dtype)[6:] for p in model.parameters()}
-    return (
-        f"{type(model).__name__} ({', '.join(sorted(weights))}) does not run on the example "
-        f"({given or 'no tensor'}): {reason(error)}. Give an input of the network's type and size; "
-        "for a network that takes one list of images, a tuple with that list: ([image],)"
-    )
 
 
 def _count(model: nn.Module, args: Any, kwargs: Any, device: str) -> dict[str, int]:
@@ -148,7 +136,8 @@ def latency(
     Milliseconds are of this machine at this moment: compare two networks in one session.
     Raises RuntimeError where torch.compile cannot do its work, ValueError for a wrong example.
     """
-    from torch.utils.benchmark import Timer
+    with quiet("torch.utils.cpp_extension"):  # it looks for a CUDA compiler, in vain
+        from torch.utils.benchmark import Timer
 
     args, kwargs = as_inputs(example)
     run: Any
@@ -164,7 +153,7 @@ def latency(
             run(*args, **kwargs)
         except Exception as error:  # of many kinds, by what is missing
             if not compiled:
-                raise ValueError(f"does not run on the example: {reason(error)}") from error
+                raise ValueError(misfit(model, example, error)) from error
             raise RuntimeError(
                 f"torch.compile cannot compile {type(model).__name__} here: {reason(error)}; "
                 "install g++, or leave compiled=False"

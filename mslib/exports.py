@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .files import reason, replacing
-from .networks import as_inputs, map_images, unwrap
+from .networks import as_inputs, map_images, misfit, unwrap
 
 
 @torch.no_grad()
@@ -36,7 +36,10 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
         raise ValueError(f"{path}: the ending decides on the format; expected .onnx or .pt2")
     model = copy.deepcopy(model).cpu().eval()
     args, kwargs = tree_map(_on_cpu, as_inputs(example))
-    wanted = _tensors(model(*args, **kwargs))
+    try:
+        wanted = _tensors(model(*args, **kwargs))
+    except Exception as error:  # of any kind, from inside the network
+        raise ValueError(misfit(model, example, error)) from error
     with replacing(path) as beside:
         write = _write_onnx if path.suffix == ".onnx" else _write_pt2
         try:

@@ -2,13 +2,14 @@
 
 import difflib
 import errno
+import hashlib
 import io
 import json
 import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,12 @@ def read_tensors(path: str | Path) -> Any:
         raise ValueError(
             f"{path} cannot be read: truncated, damaged or not a weights file ({reason(error)})"
         ) from None
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of `tensors`, and of what is trainable."""
+    found = hashlib.sha256()
+    for name, t in tensors:
+        found.update(f"{name} {t.dtype} {list(t.shape)} {t.requires_grad}\n".encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

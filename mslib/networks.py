@@ -105,6 +105,18 @@ def map_images(change: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
+def misfit(model: Any, example: Any, error: Exception) -> str:
+    """Why `model` does not run on `example`: types and shapes of both."""
+    tensors = [t for t in tree_leaves(example) if isinstance(t, torch.Tensor)]
+    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors[:3])
+    weights = {str(p.dtype)[6:] for p in getattr(model, "parameters", list)()}
+    return (
+        f"{type(model).__name__} ({', '.join(sorted(weights))}) does not run on the example "
+        f"({given or 'no tensor'}): {reason(error)}. Give an input of the network's type and size; "
+        "for a network that takes one list of images, a tuple with that list: ([image],)"
+    )
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` on PyTorch's meta device, in evaluation mode: shapes without data.
 
@@ -148,16 +160,17 @@ def save(model: nn.Module, path: str | Path) -> None:
             stored[name] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd)}
     groups = {name: m.groups for name, m in convolutions.items() if m.groups > 1}
-    recipe = getattr(model, "recipe", None)
+    recipe, missing = getattr(model, "recipe", None), None
     try:
         _rebuild(recipe, stored | {k: stored[v] for k, v in tied.items()}, groups, path)
     except ValueError as error:
-        recipe = None
-        log.warning("saved, but %s", error)
+        recipe, missing = None, error
     about = {"format": FORMAT, "recipe": recipe, "groups": groups, "tied": tied}
     metadata = {key: json.dumps(value) for key, value in about.items()}
     with replacing(path) as beside:
         beside.write_bytes(safetensors.torch.save(stored, metadata))
+    if missing:
+        log.warning("saved, but only ms.load(path, model) can read it: %s", missing)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -212,7 +225,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
                 f"({reason(error)}); for a plain state_dict use model.load_state_dict"
             ) from None
         if about["format"] != FORMAT:
-            raise ValueError(f"{path} has format {about['format']!r}; this mslib reads {FORMAT}")
+            raise ValueError(
+                f"{path} has format {about['format']!r:.99}; this mslib reads {FORMAT}"
+            )
         groups, tied = about["groups"], about["tied"]
     if not isinstance(state, dict) or not isinstance(tied, dict):
         raise ValueError(
@@ -220,7 +235,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         )
     for alias, name in tied.items():
         if alias in state or not isinstance(name, str) or name not in state:
-            raise ValueError(f"{path} is damaged: {alias!r} is said to be {name!r}")
+            raise ValueError(f"{path} is damaged: {alias!r:.99} is said to be {name!r:.99}")
     state |= {alias: state[name] for alias, name in tied.items()}
     if groups is not None and not _counts(groups):
         raise ValueError(f"{path} is damaged: its groups are no whole numbers above 0")
@@ -229,7 +244,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         if not problem and value.nbytes > value.untyped_storage().nbytes():
             problem = f"larger than the file: {list(value.shape)}"
         if problem or not isinstance(name, str):
-            raise ValueError(f"{path} is damaged: {name!r} is {problem or 'no name'}")
+            raise ValueError(f"{path} is damaged: {name!r:.99} is {problem or 'no name'}")
     return state, about.get("recipe"), groups
 
 
@@ -259,15 +274,17 @@ def _rebuild(
     """
     if recipe is None:
         raise ValueError(
-            f"{origin} holds a network that mslib does not build; "
-            "ms.load(path, model) fills a fresh one"
+            f"{origin} holds a network that mslib does not build; ms.load(path, model) fills one"
         )
     options = dict(recipe) if isinstance(recipe, dict) else {}
     kind = options.pop("network", None)
     if not isinstance(kind, str) or kind not in NETWORKS:
-        raise ValueError(f"{origin}: unknown network {kind!r}; known: {', '.join(NETWORKS)}")
+        raise ValueError(f"{origin}: unknown network {kind!r:.99}; known: {', '.join(NETWORKS)}")
     try:
         inspect.signature(NETWORKS[kind]).bind(**options)
+        depth = options.get("depth")
+        if isinstance(depth, int) and depth > len(state):  # before so many layers are made
+            raise ValueError(f"depth={depth}, but there are {len(state)} tensors")
         with _Weightless(), torch.random.fork_rng(devices=[]):
             model = NETWORKS[kind](**options)
     except (TypeError, ValueError) as error:
@@ -316,12 +333,11 @@ def resize(
                     f"{origin} does not fit {type(model).__name__}: {_join(name, key)} is "
                     f"{list(new.shape)}, {new.dtype}; the network has {what}"
                 )
-            fresh = made.get(_memory(new))
-            if fresh is None:
-                fresh = _filled(old, new, in_place=id(old) not in filled)
-            setattr(m, key, fresh)
-            made[_memory(new)] = fresh
-            filled.add(id(fresh))
+            same = (*_memory(new), isinstance(old, nn.Parameter))
+            if same not in made:
+                made[same] = _filled(old, new, in_place=id(old) not in filled)
+                filled.add(id(made[same]))
+            setattr(m, key, made[same])
         if isinstance(m, _ConvNd) and groups is not None:
             m.groups = groups.get(name, 1)
         elif isinstance(m, _ConvNd) and 1 < m.groups == m.in_channels and not m.transposed:
@@ -350,7 +366,7 @@ def _match_names(model: nn.Module, state: Mapping[str, torch.Tensor], origin: An
         which = "only the network has" if odd[0] in wanted else "only the file has"
         raise ValueError(
             f"{origin} does not fit {type(model).__name__}: {len(odd)} names differ; "
-            f"{which} {odd[0]!r}"
+            f"{which} {odd[0]!r:.99}"
         )
 
 

@@ -1,9 +1,10 @@
+"""What tests share: small data, lively networks, how processes are shared out, what a run costs."""
+
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "CUDA_VISIBLE_DEVICES", ""
-)  # what is tested is exact on the CPU; set it to a GPU's number to try one
+# what is tested is exact on the CPU; set it to a GPU's number to try one
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
@@ -18,7 +19,7 @@ SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
 
 class ByFile(LoadFileScheduling):
-    """What a process of `pytest -n 2` takes as a whole: a file of tests, or all lessons that build on each other."""
+    """What a process takes as a whole: a file of tests, or lessons that need each other."""
 
     def _split_scope(self, nodeid):
         alone = nodeid.startswith("tests/") or nodeid.startswith(("notebooks/00", "notebooks/09"))
@@ -27,6 +28,13 @@ class ByFile(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The processor's time of this process and of all that it started and waited for."""
+    user, system, of_children_user, of_children_system, _ = os.times()
+    minutes = (user + system + of_children_user + of_children_system) / 60
+    terminalreporter.write_line(f"CPU-minutes (user + system): {minutes:.1f}")
 
 
 @pytest.fixture
@@ -40,7 +48,8 @@ def cifar():
     path = SHARED.resolve() / "data" / "cifar10-jpeg.tar.gz"
     if not path.exists():
         pytest.skip(
-            "the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds data/cifar10-jpeg.tar.gz"
+            "the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds "
+            "data/cifar10-jpeg.tar.gz"
         )
     return path
 
@@ -55,7 +64,7 @@ def kill_with_its_children(process):
 
 
 def lively(model, seed=0):
-    """Random BatchNorms, as after training: a network whose every channel matters. In evaluation mode."""
+    """Random BatchNorms, as after training: every channel matters. In evaluation mode."""
     torch.manual_seed(seed)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
@@ -67,6 +76,7 @@ def lively(model, seed=0):
 
 
 def tiny_data(n=64, size=8, classes=3):
+    """Random images of `classes` classes, the same for training, validation and test."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(n) % classes)

@@ -11,6 +11,8 @@ import mslib as ms
 
 from .conftest import lively, tiny_data
 
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
 RATIOS = {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32}
 
 
@@ -62,11 +64,11 @@ def test_the_defaults_are_the_released_settings():
 
 def test_ratios_of_the_paper_keep_4_8_and_43_filters():
     model = ms.resnet(56)
-    masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
+    masks = ms.masks_for_ratio(model, EXAMPLE, RATIOS, ms.filter_norms(model, EXAMPLE))
     assert {(len(m), int(m.sum())) for m in masks.values()} == {(16, 4), (32, 8), (64, 43)}
     example = torch.zeros(1, 3, 32, 32)
     assert ms.cost(model, example).macs / ms.cost(
-        ms.prune(model, masks), example
+        ms.prune(model, masks, example), example
     ).macs == pytest.approx(2.555, abs=1e-3)
     for name, conv, ratio in convolutions(model):
         assert set((~masks[name]).nonzero().flatten().tolist()) == smallest(conv, ratio)
@@ -74,9 +76,9 @@ def test_ratios_of_the_paper_keep_4_8_and_43_filters():
 
 def test_greg1_grows_the_dropped_filters_alone_and_holds_at_the_ceiling():
     model = lively(ms.resnet(8, 3)).train()
-    masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
+    masks = ms.masks_for_ratio(model, EXAMPLE, RATIOS, ms.filter_norms(model, EXAMPLE))
     dropped = {name: smallest(conv, ratio) for name, conv, ratio in convolutions(model)}
-    penalty = ms.GrowingL2(model, masks, delta=0.03, every=3, ceiling=0.1, enough=1e9)
+    penalty = ms.GrowingL2(model, EXAMPLE, masks, delta=0.03, every=3, ceiling=0.1, enough=1e9)
 
     def check(i):
         # r is one δ more at each multiple of K, until it has passed the ceiling: 0.03, 0.06, 0.09, 0.12 and then held
@@ -103,12 +105,12 @@ def test_greg1_grows_the_dropped_filters_alone_and_holds_at_the_ceiling():
 def test_greg1_holds_a_layer_when_the_kept_are_large_enough():
     """The smoothed ratio is 0.9 of the one before and 0.1 of the new one; layers end one by one."""
     model = lively(ms.resnet(8, 3)).train()
-    masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
+    masks = ms.masks_for_ratio(model, EXAMPLE, RATIOS, ms.filter_norms(model, EXAMPLE))
     with torch.no_grad():
         model.stage2[0].conv1.weight[~masks["stage2.0.bn1"]] *= (
             0.4  # nearer to its end than the others
         )
-    penalty = ms.GrowingL2(model, masks, delta=0.5, every=2, ceiling=1e9, enough=6.0)
+    penalty = ms.GrowingL2(model, EXAMPLE, masks, delta=0.5, every=2, ceiling=1e9, enough=6.0)
     smooth, factor, ended = {}, dict.fromkeys(masks, 0.0), {}
 
     def check(i):
@@ -136,6 +138,7 @@ def test_greg2_grows_all_picks_and_pushes():
     model = lively(ms.resnet(8, 3)).train()
     penalty = ms.GrowingL2(
         model,
+        EXAMPLE,
         reduction=RATIOS,
         pick_delta=0.2,
         pick_ceiling=0.8,
@@ -174,8 +177,8 @@ def test_greg2_grows_all_picks_and_pushes():
 
 def test_one_shot_has_full_strength_from_the_first_iteration():
     model = lively(ms.resnet(8, 3))
-    masks = ms.masks_for_ratio(model, RATIOS, ms.filter_norms(model))
-    penalty = ms.GrowingL2(model, masks, start=0.5, ceiling=0.5)
+    masks = ms.masks_for_ratio(model, EXAMPLE, RATIOS, ms.filter_norms(model, EXAMPLE))
+    penalty = ms.GrowingL2(model, EXAMPLE, masks, start=0.5, ceiling=0.5)
     for i in (0, 10, 20):
         for name, keep in masks.items():
             assert torch.allclose(penalty.factors[name], torch.where(keep, 0.0, 0.5), atol=2e-4)
@@ -185,16 +188,17 @@ def test_one_shot_has_full_strength_from_the_first_iteration():
 @pytest.mark.parametrize("kind", ["GReg-1", "GReg-2"])
 def test_unstructured_weights_one_by_one(kind):
     model = lively(ms.resnet(8, 3)).train()
-    masks = ms.masks_for_ratio(model, {"": 0.9, "conv": 0}, ms.weight_norms(model))
+    masks = ms.masks_for_ratio(model, EXAMPLE, {"": 0.9, "conv": 0}, ms.weight_norms(model))
     assert (
         int((~masks["stage1.0.conv1"]).sum()) == math.ceil(0.9 * 16 * 16 * 9)
         and masks["conv"].all()
     )
     if kind == "GReg-1":
-        penalty = ms.GrowingL2(model, masks, delta=0.1, every=1)
+        penalty = ms.GrowingL2(model, EXAMPLE, masks, delta=0.1, every=1)
     else:
         penalty = ms.GrowingL2(
             model,
+            EXAMPLE,
             reduction={"": 0.9, "conv": 0},
             unstructured=True,
             pick_delta=0.1,
@@ -218,7 +222,7 @@ def test_a_pace_that_fits_a_short_run():
     model, rates = lively(ms.resnet(8, 3)), ms.learning_rates(0.05, 2000)
     weight, penalty = (
         1.0,
-        ms.GrowingL2(model, reduction={"": 0.5}, **ms.GrowingL2.pace(rates, 8.0, 5, 2.0)),
+        ms.GrowingL2(model, EXAMPLE, reduction={"": 0.5}, **ms.GrowingL2.pace(rates, 8.0, 5, 2.0)),
     )
     for i, rate in enumerate(rates.tolist()):
         penalty.step(i)
@@ -229,12 +233,12 @@ def test_a_pace_that_fits_a_short_run():
         -2, rel=0.05
     )  # it grows in steps of 5 iterations
     rates = rates[::10]
-    masks = ms.masks_for_ratio(model, {"": 0.5}, ms.filter_norms(model))
+    masks = ms.masks_for_ratio(model, EXAMPLE, {"": 0.5}, ms.filter_norms(model, EXAMPLE))
     for way in (
         {"masks": masks} | ms.GrowingL2.pace(rates, 8.0, 5),
         {"reduction": {"": 0.5}} | ms.GrowingL2.pace(rates, 8.0, 5, 2.0),
     ):
-        penalty = ms.GrowingL2(model, **way)
+        penalty = ms.GrowingL2(model, EXAMPLE, **way)
         for i in range(200):
             penalty.step(i)
         at = penalty.history.set_index("iteration").factor
@@ -251,7 +255,9 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
     def run():
         torch.manual_seed(0)
         model = ms.resnet(8, 3)
-        penalty = ms.GrowingL2(model, reduction=RATIOS, every=2, pick_delta=1e-3, pick_ceiling=4e-3)
+        penalty = ms.GrowingL2(
+            model, EXAMPLE, reduction=RATIOS, every=2, pick_delta=1e-3, pick_ceiling=4e-3
+        )
         ms.fit(
             model,
             tiny_data(),
@@ -289,21 +295,36 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
             {"masks": {"stage1.0.bn1": torch.arange(16) > 3}, "start": 2.0},
             "start=2.0: it lies between 0 and ceiling=1.0",
         ),
-        ({"masks": {"stage1.0.bn9": torch.ones(16, dtype=torch.bool)}}, "no such BatchNorm"),
+        (
+            {"masks": {"stage1.0.bn9": torch.ones(16, dtype=torch.bool)}},
+            "no such convolution, or BatchNorm right behind one",
+        ),
         (
             {"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}},
-            r"shape \[2, 2, 3, 3\]; its weights \[16",
+            r"shape \[2, 2, 3, 3\]; expected \[16, 16, 3, 3\]",
         ),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        ms.GrowingL2(ms.resnet(8), **settings)
+        ms.GrowingL2(ms.resnet(8), EXAMPLE, **settings)
+
+
+class Concatenating(nn.Module):
+    """Its last BatchNorm scales what two convolutions wrote side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(torch.cat([x, self.conv2(x)], 1)))
+        return self.fc(x.mean((2, 3)))
 
 
 def test_greg2_leaves_alone_what_no_convolution_writes_by_itself():
-    """In a DenseNet many BatchNorms scale what was put together."""
-    model = ms.network("densenet121", 3)
-    penalty = ms.GrowingL2(model, reduction=0.5)
-    assert "features.denseblock1.denselayer1.norm2" in penalty.weights
-    assert "features.denseblock1.denselayer2.norm1" not in penalty.weights
+    penalty = ms.GrowingL2(Concatenating(), EXAMPLE, reduction=0.5)
+    assert penalty.layers == ["norm1"]

@@ -1,4 +1,4 @@
-"""Training from a folder through DataLoaders, and in two real processes under torchrun, one of them killed."""
+"""Training from a folder through DataLoaders, and in two real processes, one of them killed."""
 
 import json
 import os
@@ -15,41 +15,15 @@ import mslib as ms
 from mslib.data.shapes import CLASSES
 from mslib.files import ROOT
 
+from . import trainings
 from .conftest import lively, tiny_data
 
 SCRIPT = """
-import os, sys, torch
-import mslib as ms
-from tests.conftest import lively, tiny_data
-torch.set_num_threads(1)
-print("process", os.getpid(), "is", os.environ.get("RANK", 0), flush=True)
-torch.manual_seed(0)
-model = lively(ms.resnet(8, 3))
-masks = {n: g > g.median() for n, g in ms.gammas(model).items()}
-ms.fit(model, tiny_data(n=int(sys.argv[2])), epochs=int(sys.argv[3]), lr=0.02, batch_size=16, precision="fp32", device="cpu",
-       penalty=ms.MaskedL1(model, masks, 1e-3), run=sys.argv[1], frozen_statistics=sys.argv[4] == "frozen")
-torch.save(model.state_dict(), f"{sys.argv[1]}/own-{os.environ.get('RANK', 0)}.pt")
+import os, sys
+print("process", os.getpid(), "is", os.environ["RANK"], flush=True)
+from tests.trainings import share
+share(sys.argv[1])
 """
-
-
-def command(processes, *words):
-    runner = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        "--no-python",
-        sys.executable,
-    ]
-    return [sys.executable, *(runner if processes > 1 else ()), "-c", SCRIPT, *map(str, words)]
-
-
-def train(processes, *words):
-    done = subprocess.run(
-        command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def weights(folder):
@@ -63,13 +37,14 @@ def same(a, b, tolerance):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel") / "alone"
-    train(1, folder, 640, 4, "frozen")
+    threads = torch.get_num_threads()
+    trainings.share(folder)
+    torch.set_num_threads(threads)
     return folder
 
 
 def test_two_processes_end_with_the_weights_of_one(alone, tmp_path):
-    done = train(2, tmp_path / "two", 640, 4, "frozen")
-    assert done.stderr.count("epoch 4/4") == 1  # the first process speaks
+    trainings.together(tmp_path / "two")
     assert same(weights(alone), weights(tmp_path / "two"), 1e-5)
     one, two = (
         json.loads((f / "history.json").read_text())["epochs"] for f in (alone, tmp_path / "two")
@@ -83,39 +58,46 @@ def test_two_processes_end_with_the_weights_of_one(alone, tmp_path):
 
 
 def test_without_frozen_statistics_the_processes_agree_in_the_end(tmp_path):
-    train(2, tmp_path / "two", 64, 1, "own")
-    again = weights(tmp_path / "two")
-    for rank in range(2):
-        own = torch.load(tmp_path / "two" / f"own-{rank}.pt", weights_only=True)
-        assert all(torch.equal(again[k], own[k]) for k in again), rank
+    for _ in range(2):  # trained, then loaded
+        trainings.together(tmp_path, False)
+        again = weights(tmp_path)
+        for rank in range(2):
+            own = torch.load(tmp_path / f"own-{rank}.pt", weights_only=True)
+            assert all(torch.equal(again[k], own[k]) for k in again), rank
     assert not torch.equal(again["bn.running_mean"], lively(ms.resnet(8, 3)).bn.running_mean)
 
 
 def test_one_killed_ends_the_other_and_the_run_goes_on(alone, tmp_path):
-    folder = tmp_path / "killed"
+    folder, run = tmp_path / "killed", [sys.executable, "-m", "torch.distributed.run"]
+    words = (
+        "--standalone",
+        "--nproc_per_node=2",
+        "--no-python",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        folder,
+    )
     with open(tmp_path / "log", "w+") as log:
         process = subprocess.Popen(
-            command(2, folder, 640, 4, "frozen"), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            [*run, *map(str, words)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         )
         deadline = time.monotonic() + 200
         while not (folder / "epoch-0001.pt").exists():
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        said = (tmp_path / "log").read_text()
-        second = next(
-            int(line.split()[1])
-            for line in said.splitlines()
-            if line.startswith("process") and line.endswith("is 1")
-        )
-        os.kill(second, signal.SIGKILL)
+            time.sleep(0.002)
+        said = (tmp_path / "log").read_text().split()
+        second = said[said.index("1") - 2]  # process … is 1
+        os.kill(int(second), signal.SIGKILL)
         assert process.wait(timeout=200) != 0
-    assert "SIGKILL" in (tmp_path / "log").read_text() and not (folder / "history.json").exists()
-    done = train(2, folder, 640, 4, "frozen")
-    assert "epoch 1/4" not in done.stderr and "epoch 4/4" in done.stderr
+    said = (tmp_path / "log").read_text()
+    assert "SIGKILL" in said and said.count("epoch 1/3") == 1  # the first process speaks
+    assert not (folder / "history.json").exists()
+    trainings.together(folder)
     assert same(weights(alone), weights(folder), 1e-5)
 
 
-def test_a_batch_is_shared_evenly(monkeypatch, tmp_path):
+def test_a_batch_is_shared_evenly(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         ValueError, match="batch_size=16 cannot be shared by 3 processes; take a multiple"

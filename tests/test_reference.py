@@ -8,8 +8,10 @@ import torch
 import yaml
 
 import mslib as ms
-from mslib.course.stages import REFERENCE
+from mslib.course.results import tables
 from mslib.course.sweeps import grid
+
+REFERENCE = tables() / "reference"
 
 METRICS = sorted(REFERENCE.glob("*/*/metrics.json"))
 WEIGHTS = {

@@ -1,10 +1,9 @@
 import copy
 import json
+import math
 import os
+import random
 import shutil
-import signal
-import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -12,179 +11,515 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mslib as ms
-from mslib.data.tensors import batches, normalize
-from mslib.files import read_tensors
-from mslib.training.loop import pick_layout, pick_precision
+from mslib.data.tensors import Data, Split, batches, normalize
+from mslib.files import ROOT, read_tensors
+from mslib.training.device import pick_layout, pick_precision
+from mslib.training.runs import Run, locked, read_history
 
+from . import trainings
 from .conftest import tiny_data
 
 FAST = dict(epochs=2, lr=0.05, batch_size=16, precision="fp32", device="cpu")
-
-SCRIPT = """
-import sys, torch, mslib as ms
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model, data = ms.resnet(8), ms.load_data("shapes", image_size=16, sizes=(1000, 50))
-masks = {"stage3.0.bn1": torch.arange(64) < 32}
-ms.fit(model, data, epochs=5, lr=0.05, batch_size=8, precision="fp32", device="cpu",
-       penalty=ms.MaskedL1(model, masks, 1e-3), run=sys.argv[1])
-print(ms.evaluate(model, data.test))
-"""
+TRIALS = int(os.environ.get("MSLIB_TRIALS", 6))
 
 
-def train(folder):
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True
+def small(seed=0, classes=3):
+    torch.manual_seed(seed)
+    return ms.resnet(8, classes)
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+# ---- against a loop that knows nothing of mslib ------------------------------------------------
+
+
+def shifted(image, top, left, mirror):
+    """A crop of `image` [3, 8, 8], padded by one black pixel on each side; mirrored or not."""
+    padded = torch.zeros(3, 10, 10)
+    padded[:, 1:9, 1:9] = image
+    crop = padded[:, top : top + 8, left : left + 8]
+    return crop.flip(2) if mirror else crop
+
+
+def rate(schedule, t, lr):
+    """The learning rate after the share `t` of the run."""
+    if schedule == "step":
+        return lr if t < 0.5 else lr / 10 if t < 0.75 else lr / 100
+    return lr if schedule == "constant" else lr * (1 + math.cos(math.pi * (t - 0.2) / 0.8)) / 2
+
+
+def textbook(net, split, seen, more, *, epochs, lr, batch_size, schedule, weight_decay, seed):
+    """Cross-entropy and SGD with Nesterov momentum in plain PyTorch; notes the weights."""
+    velocity, steps, t = [0.0 for _ in net.parameters()], len(split) // batch_size, 0
+    net.train()
+    for epoch in range(epochs):
+        lot = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        order, moves = torch.randperm(len(split), generator=lot), []
+        for _ in range(steps):
+            corner = torch.randint(3, (2, batch_size, 1), generator=lot).tolist()
+            mirror = (torch.rand(1, batch_size, generator=lot) < 0.5)[0].tolist()
+            moves += [(a[0], b[0], m) for a, b, m in zip(*corner, mirror)]
+        for i in range(steps):
+            chosen = order[i * batch_size : (i + 1) * batch_size]
+            images = [shifted(split.images[j], *moves.pop(0)) for j in chosen]
+            x = ((torch.stack(images) - 120) / 64).contiguous(memory_format=torch.channels_last)
+            loss = nn.functional.cross_entropy(net(x), split.labels[chosen])
+            gradients = torch.autograd.grad(loss + more(net), list(net.parameters()))
+            rise = (t + 1) / (0.2 * epochs * steps)
+            warm = schedule == "onecycle" and rise < 1
+            eta = lr * rise if warm else rate(schedule, t / (epochs * steps), lr)
+            with torch.no_grad():
+                for k, (p, g) in enumerate(zip(net.parameters(), gradients)):
+                    g = g + weight_decay * p
+                    velocity[k] = 0.9 * velocity[k] + g
+                    p -= eta * (g + 0.9 * velocity[k])
+            t += 1
+            seen.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+
+
+class Watch(ms.Penalty):
+    """Nothing is penalized: it looks at the weights before each step."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def __call__(self):
+        return torch.zeros(())
+
+    def step(self, iteration):
+        self.seen.append(torch.cat([p.detach().flatten() for p in self.model.parameters()]))
+
+
+def smooth():
+    """A small network without ReLUs: no difference of rounding can switch one over."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+    second = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU()
+    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "step", "constant"])
+def test_fit_is_a_textbook_training_step_by_step(schedule):
+    ours, data = smooth().to(memory_format=torch.channels_last), tiny_data(50)
+    theirs, seen, masks = copy.deepcopy(ours), [], {"1": torch.arange(8) % 3 > 0}
+    how = dict(epochs=3, lr=0.1, batch_size=16, schedule=schedule, weight_decay=0.01, seed=7)
+    watch = Watch(ours)
+    penalty = ms.MaskedL1(ours, masks, 0.1) + watch
+    history = ms.fit(ours, data, **how, penalty=penalty, precision="fp32", device="cpu")
+
+    def masked(model):
+        return 0.1 * (model[1].weight.abs() * ~masks["1"]).sum()
+
+    textbook(theirs, data.train, seen, masked, **how)
+    assert len(seen) == 9 and len(watch.seen) == 9
+    watch.step(9)
+    for a, b in zip(watch.seen[1:], seen):
+        assert float((a - b).abs().max()) < 1e-6
+    moved = float((seen[-1] - watch.seen[0]).abs().max())
+    assert moved > 1e-2 and history.lr.iloc[-1] == pytest.approx(
+        ms.learning_rates(0.1, 9, schedule)[-1]
     )
+    for a, b in zip(ours.buffers(), theirs.buffers()):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
-def kill_in_the_middle_of_epoch(n, folder):
-    """Start the training, and kill -9 it a moment after checkpoint n - 1 is written."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / f"epoch-{n - 1:04d}.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.15)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (folder / "history.json").exists()
-
-
-def same_run(a, b):
-    first, second = (read_tensors(f / "model.pt")["state"] for f in (a, b))
-    assert all(torch.equal(first[k], second[k]) for k in first) and first.keys() == second.keys()
-    assert torch.equal(read_tensors(a / "gammas.pt"), read_tensors(b / "gammas.pt"))
-    histories = [json.loads((f / "history.json").read_text())["epochs"] for f in (a, b)]
-    assert histories[0] == histories[1] and len(histories[0]) == 5
+# ---- killed, damaged, met by another -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The folder of a run that nothing happened to, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train(folder).returncode == 0
-    return folder
+    trainings.start(target=os.getpid).join()  # all is imported once
+    began, process = time.monotonic(), trainings.start(folder)
+    process.join()
+    assert process.exitcode == 0
+    return folder, time.monotonic() - began
 
 
-def test_killed_twice_and_resumed_is_the_same_bit_for_bit(undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    kill_in_the_middle_of_epoch(2, folder)
-    kill_in_the_middle_of_epoch(4, folder)
-    assert train(folder).returncode == 0
-    same_run(undisturbed, folder)
-    assert not list(folder.glob("epoch-*.pt")) and not list(folder.glob(".*"))
+def same_run(a, b):
+    first, second = ms.load(a / "model.pt"), ms.load(b / "model.pt")
+    assert same(first, second)
+    assert torch.equal(read_tensors(a / "gammas.pt"), read_tensors(b / "gammas.pt"))
+    histories = [json.loads((f / "history.json").read_text())["epochs"] for f in (a, b)]
+    assert histories[0] == histories[1] and len(histories[0]) == trainings.EPOCHS
+    growing = [read_tensors(f / "penalty.pt")["1"] for f in (a, b)]
+    assert growing[0]["rows"] == growing[1]["rows"] and growing[0]["masks"]
+    assert all(torch.equal(m, growing[1]["masks"][n]) for n, m in growing[0]["masks"].items())
+    assert not list(b.glob("epoch-*.pt")) and not list(b.glob(".*.part*"))
 
 
-def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    kill_in_the_middle_of_epoch(4, folder)
-    newest = sorted(folder.glob("epoch-*.pt"))[-1]
-    os.truncate(newest, newest.stat().st_size // 2)
-    done = train(folder)
-    assert (
-        done.returncode == 0
-        and f"{newest.name} cannot be read" in done.stderr
-        and "checkpoint before it" in done.stderr
-    )
-    same_run(undisturbed, folder)
+def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    whole, seconds = undisturbed
+    folder, kills, newest, lot = tmp_path / "run", 0, "", random.Random()
+    while not (folder / "history.json").exists():
+        process = trainings.start(folder)
+        process.join(lot.uniform(0.1, 0.9) * seconds if kills < TRIALS else 60)
+        process.kill()  # SIGKILL
+        process.join()
+        kills += process.exitcode != 0
+        found = max((p.name for p in folder.glob("epoch-*.pt")), default=newest)
+        assert found >= newest  # no epoch is trained twice once it has been written
+        newest = found
+    assert kills
+    same_run(whole, folder)
 
 
-def test_a_finished_run_is_loaded_not_repeated(data, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    model = ms.resnet(8)
-    history = ms.fit(model, data, **FAST, run=tmp_path / "run")
-    torch.manual_seed(0)
-    again = ms.resnet(8)
-    monkeypatch.setattr("mslib.training.loop.batches", None)  # any step would fail
-    pd.testing.assert_frame_equal(ms.fit(again, data, **FAST, run=tmp_path / "run"), history)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values())
-    )
+def test_two_processes_in_one_folder_lose_nothing(undisturbed, tmp_path):
+    for trial in range(TRIALS):
+        folder, barrier = tmp_path / str(trial), trainings.processes.Barrier(2)
+        both = [trainings.start(folder, barrier) for _ in range(2)]
+        for process in both:
+            process.join()
+        codes = [p.exitcode for p in both]
+        assert 0 in codes
+        if codes != [0, 0]:  # on a busy machine one may have waited too long, and was refused
+            again = trainings.start(folder)
+            again.join()
+            assert again.exitcode == 0
+        same_run(undisturbed[0], folder)
 
 
-def test_a_run_stopped_after_its_last_checkpoint_ends(data, tmp_path, monkeypatch):
-    def network():
-        torch.manual_seed(0)
-        return ms.resnet(8)
+def test_a_folder_in_use_is_refused_and_a_killed_holder_blocks_nobody(tmp_path):
+    held = trainings.processes.Event()
+    holder = trainings.start(tmp_path / "run", held, target=trainings.hold)
+    assert held.wait(60)
+    said = f"run is in use by process {holder.pid} on .*another"
+    with pytest.raises(RuntimeError, match=said), locked(tmp_path / "run", patience=0.1):
+        pass
+    holder.kill()
+    holder.join()
+    ms.fit(small(), tiny_data(), **FAST, run=tmp_path / "run")
+    assert (tmp_path / "run" / "history.json").exists()
 
+
+class Stop(Exception):
+    pass
+
+
+def stopped(folder, after, monkeypatch, **how):
+    """Train until checkpoint `after` is written."""
+    save = Run.save_checkpoint
+
+    def stop(self, epoch, state):
+        save(self, epoch, state)
+        if epoch == after:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Run, "save_checkpoint", stop)
+        ms.fit(small(), tiny_data(), **FAST | {"epochs": 3} | how, run=folder)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "of another form", "all of them"])
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, monkeypatch, caplog):
+    ms.fit(whole := small(), tiny_data(), **FAST | {"epochs": 3})
+    stopped(tmp_path, 2, monkeypatch)
+    before, newest = sorted(tmp_path.glob("epoch-*.pt"))
+    if damage == "of another form":
+        torch.save({"epoch": 2}, newest)
+    else:
+        os.truncate(newest, newest.stat().st_size // 2 if damage == "cut" else 0)
+    if damage == "all of them":
+        os.truncate(before, 0)
+    history = ms.fit(again := small(), tiny_data(), **FAST | {"epochs": 3}, run=tmp_path)
+    assert same(whole, again) and history.epoch.tolist() == [1, 2, 3]
+    told = [r.message for r in caplog.records]
+    assert len(told) == (2 if damage == "all of them" else 1)
+    assert newest.name in told[0] and "passed over" in told[0]
+
+
+def test_a_checkpoint_of_another_run_is_never_continued(tmp_path, monkeypatch):
+    """As when settings.json was deleted or exchanged by hand."""
+    stopped(tmp_path / "a", 1, monkeypatch)
+    stopped(tmp_path / "b", 1, monkeypatch, lr=0.1)
+    shutil.copy(tmp_path / "b" / "settings.json", tmp_path / "a")
+    with pytest.raises(ValueError, match="epoch-0001.pt is a checkpoint of another run; .*another"):
+        ms.fit(small(), tiny_data(), **FAST | {"epochs": 3, "lr": 0.1}, run=tmp_path / "a")
+    (tmp_path / "a" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="holds a run without its settings.json; .*another folder"):
+        ms.fit(small(), tiny_data(), **FAST | {"epochs": 3}, run=tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["settings.json", "history.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"epochs": [3]}', "[" * 100_000])
+def test_damaged_settings_and_histories_are_refused(name, text, tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / name).write_text(text)
+    before, model = contents(folder), small()
+    with pytest.raises(ValueError, match=f"{name} is|another version") as told:
+        ms.fit(model, tiny_data(), **FAST, run=folder)
+    assert "give another folder" in str(told.value) and "delete" not in str(told.value)
+    assert contents(folder) == before and same(model, small())
+
+
+def test_a_run_stopped_after_its_last_checkpoint_ends(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr("mslib.training.loop.save", full)
-        ms.fit(network(), data, **FAST, run=tmp_path / "run")
-    assert ms.fit(network(), data, **FAST, run=tmp_path / "run").epoch.tolist() == [1, 2]
-    assert (tmp_path / "run" / "history.json").exists()
+        patch.setattr("mslib.training.runs.save", full)
+        ms.fit(small(), tiny_data(), **FAST, run=tmp_path)
+    assert ms.fit(small(), tiny_data(), **FAST, run=tmp_path).epoch.tolist() == [1, 2]
+    assert (tmp_path / "history.json").exists()
 
 
-def test_the_seed_decides_on_dropout_too(data):
-    def train(drawn):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Flatten(),
-            torch.nn.Linear(192, 20),
-            torch.nn.Dropout(),
-            torch.nn.Linear(20, 10),
-        )
-        torch.rand(drawn)
-        return ms.fit(model, data, **FAST).loss.tolist()
-
-    assert train(0) == train(5)
+def test_an_unwritable_folder_and_an_unwritable_log(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match="cannot write .*choose a folder"):
+        ms.fit(small(), tiny_data(), **FAST, run=tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+    monkeypatch.setenv("MSLIB_LOG", str(tmp_path / "file" / "log"))
+    assert len(ms.fit(small(), tiny_data(), **FAST)) == 2
+    monkeypatch.setenv("MSLIB_LOG", str(tmp_path / "log"))
+    ms.fit(small(), tiny_data(), **FAST)
+    assert (tmp_path / "log").read_text().count("held-out top-1") == 2
 
 
-def test_a_penalty_is_known_by_its_masks_and_a_function_by_its_name(data, tmp_path):
-    def fit(penalty, name):
-        torch.manual_seed(0)
-        model = ms.resnet(8)
-        return ms.fit(model, data, **FAST, penalty=penalty(model), run=tmp_path / name)
+# ---- whose run it is ---------------------------------------------------------------------------
 
-    def of(start):
-        return lambda model: ms.MaskedL1(
-            model, {"stage3.0.bn1": (torch.arange(64) - start) % 64 < 32}, 1e-3
-        )
 
-    fit(of(0), "masked")
-    with pytest.raises(ValueError, match="other settings: penalty="):
-        fit(of(8), "masked")  # as many channels, but others
-    for _ in range(2):
-        fit(lambda model: lambda: model.fc.weight.norm(), "function")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of `small()` on `tiny_data()`."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    ms.fit(small(), tiny_data(), **FAST, run=folder)
+    return folder
+
+
+def test_a_finished_run_is_loaded_not_repeated(tmp_path, finished, monkeypatch):
+    folder, model = shutil.copytree(finished, tmp_path / "run"), small()
+    history = ms.fit(model, tiny_data(), **FAST)
+    before = contents(folder)
+    monkeypatch.setattr("mslib.training.loop.batches", None)  # any step would fail
+    monkeypatch.setattr("mslib.training.runs.locked", None)  # and any lock
+    for precision in ("fp32", "auto"):
+        again = small()
+        loaded = ms.fit(again, tiny_data(), **FAST | {"precision": precision}, run=folder)
+        pd.testing.assert_frame_equal(loaded, history)
+        assert same(model, again)
+    assert contents(folder) == before
+
+
+def nudged(model):
+    """One weight changed in its last bit."""
+    with torch.no_grad():
+        first = model.conv.weight.view(-1)
+        first[0] = torch.nextafter(first[0], torch.tensor(9.0))
+    return model
+
+
+def buffered(model):
+    model.bn.running_mean[3] = 1e-7
+    return model
+
+
+def frozen(model):
+    model.fc.bias.requires_grad_(False)
+    return model
+
+
+def pooled(model):
+    """Another layer, the same weights."""
+    model.pool = nn.AdaptiveMaxPool2d(1)
+    return model
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, named",
     [
-        dict(lr=0.1),
-        dict(epochs=3),
-        dict(seed=1),
-        dict(penalty=True),
-        dict(data=True),
-        dict(model=True),
+        (dict(lr=0.05001), r"lr=0.05 \(now 0.05001\)"),
+        (dict(epochs=3), r"epochs=2 \(now 3\)"),
+        (dict(batch_size=8), "batch_size=16"),
+        (dict(seed=1), "seed=0"),
+        (dict(schedule="step"), "schedule='onecycle'"),
+        (dict(weight_decay=5.001e-4), r"weight_decay=0.0005 \(now 0.0005001\)"),
+        (dict(precision="bf16"), "precision='fp32'"),
+        (dict(frozen_statistics=True), "frozen_statistics=False"),
+        (dict(model=lambda: small(1)), "began with other weights.*manual_seed"),
+        (dict(model=lambda: nudged(small())), "began with other weights"),
+        (dict(model=lambda: buffered(small())), "began with other weights"),
+        (dict(model=lambda: frozen(small())), "began with other weights"),
+        (dict(model=lambda: pooled(small())), "other settings: layers="),
+        (dict(data=tiny_data(65)), "other settings: data="),
+        (dict(penalty=lambda m: ms.FeatureFlow(m, 1.0)), "penalty=None"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused_and_kept(data, tmp_path, change):
-    def model(seed=0):
-        torch.manual_seed(seed)
-        return ms.resnet(8)
-
-    ms.fit(model(), data, **FAST, run=tmp_path / "run")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    net = model(1 if "model" in change else 0)
-    other = {k: v for k, v in change.items() if v is not True}
+def test_a_folder_of_another_run_is_refused_and_kept(finished, change, named):
+    before, change = contents(finished), dict(change)
+    model = change.pop("model", small)()
+    data = change.pop("data", tiny_data())
     if "penalty" in change:
-        other["penalty"] = ms.GlobalL1(net, 1e-3)
-    images = ms.load_data("shapes", image_size=8, sizes=(190, 50)) if "data" in change else data
-    name = {"model": "weights_l1"}.get(next(iter(change)), next(iter(change)))
-    with pytest.raises(ValueError, match=f"other settings: .*{name}=.*now"):
-        ms.fit(net, images, **(FAST | other), run=tmp_path / "run")
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+        change["penalty"] = change["penalty"](model)
+    with pytest.raises(ValueError, match=f"{named}.*give another folder"):
+        ms.fit(model, data, **(FAST | change), run=finished)
+    assert contents(finished) == before
 
 
-def test_history_says_what_happened(data, tmp_path):
-    model = ms.resnet(8)
-    penalty = ms.GlobalL1(model, 1e-3)
+def test_penalties_are_told_apart_and_what_cannot_be_is_refused(tmp_path):
+    def fit(make):
+        model = small()
+        ms.fit(model, tiny_data(), **FAST, penalty=make(model), run=tmp_path)
+
+    def masked(start=0, strength=1e-3):
+        keep = (torch.arange(64) - start) % 64 < 32
+        return lambda m: (
+            ms.MaskedL1(m, {"stage3.0.bn1": keep}, strength)
+            + ms.FeatureFlow(m, 1.0, layers=["stage1", "stage1.0"])
+        )
+
+    fit(masked())
+    fit(masked())
+    with pytest.raises(
+        ValueError, match=r"settings: penalty.sum.0.channels='\w{8}…' \(now '\w{8}…'\)"
+    ):
+        fit(masked(8))  # as many channels, but others
+    with pytest.raises(ValueError, match=r"penalty.sum.0.strength=0.001 \(now 0.0010001\)"):
+        fit(masked(strength=1.0001e-3))
+    before = contents(tmp_path)
+    for make in (lambda m: lambda: m.fc.weight.norm(), lambda m: Watch(m)):
+        with pytest.raises(ValueError, match="cannot be told from others: derive .* ms.Penalty"):
+            fit(make)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_another_version_is_refused_but_its_history_is_read(finished, tmp_path):
+    old = ROOT / "data" / "reference" / "resnet56-cifar10-standard" / "01_baseline" / "baseline"
+    with pytest.raises(
+        ValueError, match="another version .*'weights_l1'.* are unknown here, .*'weights'"
+    ):
+        ms.fit(small(), tiny_data(), **FAST, run=old)
+    assert len(read_history(old)) == 30
+    folder = shutil.copytree(finished, tmp_path / "run")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"label_smoothing": 0.1}))
+    with pytest.raises(
+        ValueError, match=r"\['label_smoothing'\] are unknown here, and none are missing"
+    ):
+        ms.fit(small(), tiny_data(), **FAST, run=folder)
+
+
+def test_data_that_cannot_be_told_from_others_need_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(Data, "fingerprint", None)
+    assert len(ms.fit(small(), tiny_data(), **FAST)) == 2
+    with pytest.raises(ValueError, match="these data cannot be told .*without a run folder"):
+        ms.fit(small(), tiny_data(), **FAST, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is trained on, and what is refused ---------------------------------------------------
+
+
+def loader(split, size=16, **how):
+    return DataLoader(TensorDataset(normalize(split.images), split.labels), size, **how)
+
+
+def test_a_dataloader_will_do(tmp_path):
+    data, histories = tiny_data(), []
+    for _ in range(2):
+        torch.rand(3)  # what a DataLoader draws follows from the seed
+        histories.append(ms.fit(model := small(), loader(data.train, shuffle=True), **FAST))
+    assert histories[0].loss.tolist() == histories[1].loss.tolist()
+    assert histories[0].val_top1.isna().all()
+    assert ms.evaluate(model, loader(data.test)) == ms.evaluate(model, data.test)
+    both = Data("both", loader(data.train), loader(data.val), loader(data.test), data.classes)
+    history = ms.fit(model := small(), both, **FAST)
+    assert history.val_top1.iloc[-1] == ms.evaluate(model, data.val)
+    run = [ms.fit(small(), loader(data.train), **FAST, run=tmp_path) for _ in range(2)]
+    pd.testing.assert_frame_equal(*run)  # nan is kept with a run
+    with pytest.raises(ValueError, match="no image to evaluate on"):
+        ms.evaluate(model, [])
+
+
+def test_the_callers_random_state_and_precision_stay(tmp_path):
+    torch.manual_seed(5)
+    model, before = ms.resnet(8, 3), torch.get_rng_state()
+    for data in (tiny_data(), loader(tiny_data().train, shuffle=True)):
+        ms.fit(model, data, **FAST)
+        ms.recalibrate(model, data if isinstance(data, DataLoader) else data.train, 32, 16)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def float_split(split):
+    return Split(split.images.float(), split.labels)
+
+
+DATA = tiny_data()
+WRONG = {
+    "epochs=0: expected a whole number": dict(epochs=0),
+    "epochs=1.5": dict(epochs=1.5),
+    "batch_size=0": dict(batch_size=0),
+    "lr=-1.0: expected a finite number": dict(lr=-1.0),
+    "lr=nan": dict(lr=math.nan),
+    "lr=0: it must be above 0": dict(lr=0),
+    "weight_decay=inf": dict(weight_decay=math.inf),
+    "seed=-1": dict(seed=-1),
+    "unknown precision 'fp8'": dict(precision="fp8"),
+    "unknown schedule 'cosin'.*onecycle": dict(schedule="cosin"),
+    "penalty=0.001: expected such as ms.GlobalL1": dict(penalty=1e-3),
+    "made for another network": dict(
+        penalty=ms.MaskedL1(small(1), {"bn": torch.arange(16) > 3}, 1)
+    ),
+    "label 2: the network has 2 outputs.*num_classes": dict(model=small(classes=2)),
+    "does not run on images .3, 8, 8.*1 channels": dict(model=ms.resnet(8, 3, in_channels=1)),
+    "gives .1, 64, 2, 2.; fit needs a classifier": dict(
+        model=nn.Sequential(*[*small().children()][:6])
+    ),
+    "weights of torch.float64; fit trains float32": dict(model=small().double()),
+    "no parameter to train": dict(model=small().requires_grad_(False)),
+    "images of a Split are uint8.*DataLoader": dict(
+        data=Data("x", float_split(DATA.train), DATA.val, DATA.test, DATA.classes)
+    ),
+    "images are torch.uint8; expected float32: ms.normalize": dict(
+        data=DataLoader(TensorDataset(DATA.train.images, DATA.train.labels), 16)
+    ),
+    "label 3: the network has 3": dict(
+        data=loader(Split(DATA.train.images, DATA.train.labels + 1))
+    ),
+    "label -1: the network has 3": dict(
+        data=Data("x", Split(DATA.train.images, DATA.train.labels - 1), DATA.val, DATA.test, ())
+    ),
+    "labels are torch.float32 .16.; expected int64": dict(
+        data=loader(Split(DATA.train.images, DATA.train.labels.float()))
+    ),
+    "the DataLoader has no batch": dict(data=loader(DATA.train, 65, drop_last=True)),
+    "a batch is a Tensor; expected a pair": dict(data=DataLoader(normalize(DATA.train.images), 16)),
+    "data is a Tensor; expected": dict(data=DATA.train.images),
+    "data is a generator; expected": dict(data=(batch for batch in ())),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_does_not_fit_is_named_before_training(message, tmp_path):
+    words = dict(WRONG[message])
+    model, data = words.pop("model", small()), words.pop("data", DATA)
+    before = copy.deepcopy(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        ms.fit(model, data, **(FAST | words), run=tmp_path / "run")
+    assert same(model, before) and model.training and not (tmp_path / "run").exists()
+
+
+def test_divergence_is_an_error_with_advice():
+    with pytest.raises(FloatingPointError, match="diverged in epoch .*try a smaller lr"):
+        ms.fit(small(), tiny_data(), **(FAST | dict(lr=1e12, schedule="constant")))
+
+
+# ---- what comes out ----------------------------------------------------------------------------
+
+
+def test_history_says_what_happened(tmp_path):
+    model, data = small(), tiny_data()
+    penalty = ms.GlobalL1(model, data.example, 1e-3)
     start = penalty().item()
     history = ms.fit(model, data, **FAST, penalty=penalty, run=tmp_path / "run")
     assert history.epoch.tolist() == [1, 2] and history.loss.iloc[1] < history.loss.iloc[0]
@@ -195,92 +530,64 @@ def test_history_says_what_happened(data, tmp_path):
     assert history.gamma_median.iloc[-1] == gammas[-1].float().median().item()
 
 
-def test_the_same_seed_gives_the_same_network_and_another_seed_another(data):
-    def weights(seed):
+def test_the_seed_decides_on_all_that_is_drawn():
+    def weights(seed, drawn=0):
         torch.manual_seed(0)
-        model = ms.resnet(8)
-        ms.fit(model, data, **FAST, seed=seed)
+        layers = nn.Flatten(), nn.Linear(192, 20), nn.Dropout(), nn.Linear(20, 3)
+        model = nn.Sequential(*layers)
+        torch.rand(drawn)
+        ms.fit(model, tiny_data(), **FAST, seed=seed)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
+    assert torch.equal(weights(0), weights(0, drawn=5)) and not torch.equal(weights(0), weights(1))
+
+
+def test_frozen_statistics_stay_and_weights_move():
+    model, before = small(), small()
+    ms.fit(model, tiny_data(), **FAST, frozen_statistics=True)
+    assert torch.equal(model.bn.running_mean, before.bn.running_mean)
+    assert not torch.equal(model.bn.weight, before.bn.weight)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_it_learns(precision):
-    data = ms.load_data("shapes", image_size=16, sizes=(2000, 500))
-    torch.manual_seed(0)
-    model = ms.resnet(8)
-    ms.fit(model, data, epochs=5, lr=0.2, batch_size=16, precision=precision)
-    assert ms.evaluate(model, data.test) > 50  # chance is 10
+    data = ms.load_data("shapes", image_size=8, sizes=(1000, 300))
+    model = small(classes=10)
+    ms.fit(model, data, epochs=4, lr=0.2, batch_size=20, precision=precision)
+    assert ms.evaluate(model, data.test) > 25  # chance is 10
 
 
 def test_schedules():
     rates = ms.learning_rates(0.4, 100)
-    assert (
-        rates.argmax() == 20
-        and rates.max() == pytest.approx(0.4)
-        and rates[0] == pytest.approx(0.02)
-        and rates[-1] < 1e-3
-    )
+    assert rates.argmax() == 20 and rates.max() == pytest.approx(0.4)
+    assert rates[0] == pytest.approx(0.02) and rates[-1] < 1e-3
     assert rates[:20].diff().min() > 0 and rates[21:].diff().max() < 0
-    assert ms.learning_rates(1.0, 8, "step").tolist() == pytest.approx(
-        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    )
-    assert ms.learning_rates(0.5, 3, "constant").tolist() == [0.5] * 3
     with pytest.raises(ValueError, match="'cosin'.*onecycle"):
         ms.learning_rates(1.0, 8, "cosin")
 
 
-def test_evaluate_is_top1_in_percent_and_keeps_the_mode(data):
-    class Constant(torch.nn.Module):
+def test_evaluate_is_top1_in_percent_and_keeps_the_mode():
+    class Constant(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bias = torch.nn.Parameter(torch.arange(10.0))
+            self.bias = nn.Parameter(torch.arange(3.0))
 
         def forward(self, x):
             assert not self.training
-            return self.bias.expand(len(x), 10)
+            return self.bias.expand(len(x), 3)
 
     model = Constant().train()
-    assert (
-        ms.evaluate(model, data.test, batch_size=7) == 100 * int((data.test.labels == 9).sum()) / 50
-    )
+    assert ms.evaluate(model, tiny_data(50).test, batch_size=7) == 100 * 16 / 50
     assert model.training
 
 
 def test_a_training_set_smaller_than_a_batch():
     data = tiny_data(10)
     assert len(list(batches(data.train, 64, torch.Generator()))) == 1
-    ms.fit(ms.resnet(8, 3), data, epochs=1, lr=0.01, batch_size=64)
+    ms.fit(small(), data, epochs=1, lr=0.01, batch_size=64)
 
 
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        (dict(epochs=0), "epochs=0"),
-        (dict(lr=-1.0), "lr=-1.0"),
-        (dict(precision="fp8"), "'fp8'"),
-        (dict(schedule="x"), "'x'"),
-    ],
-)
-def test_settings_out_of_range(data, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        ms.fit(ms.resnet(8), data, **(FAST | wrong))
-
-
-def test_divergence_is_an_error_with_advice(data):
-    with pytest.raises(FloatingPointError, match="diverged in epoch .*try a smaller lr"):
-        ms.fit(ms.resnet(8), data, **(FAST | dict(lr=1e12, schedule="constant")))
-
-
-def test_an_unwritable_folder(data, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match="cannot write .*choose a folder"):
-        ms.fit(ms.resnet(8), data, **FAST, run=tmp_path / "file" / "run")
-    assert (tmp_path / "file").read_text() == "not a folder"
-
-
-def test_a_penalty_may_have_a_step(data):
+def test_a_plain_penalty_may_have_a_step():
     seen = []
 
     class Counting:
@@ -290,9 +597,11 @@ def test_a_penalty_may_have_a_step(data):
         def step(self, iteration):
             seen.append(iteration)
 
-    ms.fit(ms.resnet(8), data, **FAST, penalty=Counting())
-    assert seen == list(range(2 * (180 // 16)))
+    ms.fit(small(), tiny_data(), **FAST, penalty=Counting())
+    assert seen == list(range(2 * 4))
 
+
+# ---- how it is computed ------------------------------------------------------------------------
 
 COMPILER = (shutil.which("g++") or shutil.which("clang++")) and Path(
     sysconfig.get_path("include"), "Python.h"
@@ -300,99 +609,103 @@ COMPILER = (shutil.which("g++") or shutil.which("clang++")) and Path(
 
 
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
-def test_a_captured_step_learns_the_same(data, monkeypatch):
+def test_a_captured_step_learns_the_same(monkeypatch):
+    def network():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 3))
+
     histories, captured, compiling = [], [], torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda model, **how: captured.append(model) or compiling(model, **how)
     )
-    ms.fit(
-        plain := ms.resnet(14), data, **FAST | {"epochs": 1}, capture=True
-    )  # without hooks: its graph is not to be reused
+    plain = network()  # without hooks: its graph is not to be reused
+    ms.fit(plain, tiny_data(), **FAST | {"epochs": 1}, capture=True)
     for capture in ("0", "1"):
         assert captured == [plain]
         monkeypatch.setenv("MSLIB_CAPTURE", capture)
-        torch.manual_seed(0)
-        model = ms.resnet(14)
-        histories.append(
-            ms.fit(model, data, **FAST, penalty=ms.FeatureFlow(model, 1.0))
-        )  # whose hooks see the network's inside
+        model = network()
+        flow = ms.FeatureFlow(model, 1.0)  # whose hooks see the network's inside
+        histories.append(ms.fit(model, tiny_data(), **FAST, penalty=flow))
     assert captured == [plain, model] and histories[1].penalty.min() > 0.1
-    pd.testing.assert_frame_equal(
-        histories[0].drop(columns="val_top1"), histories[1].drop(columns="val_top1"), rtol=1e-2
-    )
+    histories = [h.drop(columns="val_top1") for h in histories]
+    pd.testing.assert_frame_equal(*histories, rtol=1e-2)
 
 
 def test_layout_goes_by_widths_precision_and_device():
-    odd = ms.prune(ms.resnet(8), {"stage1.0.bn1": torch.arange(16) < 13})
+    odd, even = nn.Sequential(nn.Conv2d(3, 13, 3)), nn.Sequential(nn.Conv2d(3, 16, 3))
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_layout(odd, cpu, "bf16") is torch.contiguous_format
-    for model, device, precision in (
-        (odd, cpu, "fp32"),
-        (odd, gpu, "bf16"),
-        (ms.resnet(8), cpu, "bf16"),
-    ):
+    for model, device, precision in ((odd, cpu, "fp32"), (odd, gpu, "bf16"), (even, cpu, "bf16")):
         assert pick_layout(model, device, precision) is torch.channels_last
 
 
-def test_no_bf16_where_a_strided_convolution_reads_one_pixel(data, monkeypatch):
-    """There the gradient of the weights that only see padding is whatever lay in memory; it should be zero."""
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 64, 8),
-        torch.nn.Conv2d(64, 64, 3, 2, 1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(64, 10),
-    )
+def test_no_bf16_where_a_strided_convolution_reads_one_pixel(monkeypatch):
+    """There the gradient of the weights that only see padding is whatever lay in memory: not 0."""
+    data, convs = tiny_data(), (nn.Conv2d(3, 64, 8), nn.Conv2d(64, 64, 3, 2, 1))
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(64, 10))
     before = model[1].weight.detach().clone()
     ms.fit(model, data, epochs=1, lr=0.01, batch_size=16, weight_decay=0, device="cpu")
     moved = (model[1].weight - before).abs().amax((0, 1))
     assert moved[1, 1] > 0 and moved[0].max() == 0
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert [
-        pick_precision("auto", torch.device("cpu"), net, data) for net in (model, ms.resnet(8))
-    ] == ["fp32", "bf16"]
+    cpu, nets = torch.device("cpu"), (model.train(), small())
+    picked = [pick_precision("auto", cpu, net, data.example) for net in nets]
+    assert picked == ["fp32", "bf16"] and model.training
+    assert not model[1]._forward_pre_hooks
 
 
-def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is(data):
-    """Means and variances off by far: estimated anew they are those of the images, whatever they were before."""
-    model = ms.resnet(8, len(data.classes))
+def test_a_network_that_branches_on_what_it_sees_is_trained(monkeypatch):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x):
+            return self.net(x if float(x.mean()) > -9 else -x)
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert len(ms.fit(Branching(), tiny_data(), epochs=1, lr=0.01, batch_size=32)) == 1
+
+
+def test_freed_memory_is_kept_only_where_it_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr("mslib.training.loop.keep_freed_memory", lambda: asked.append(1))
+    ms.fit(small(), tiny_data(), **FAST)
+    assert not asked
+    monkeypatch.setenv("MSLIB_KEEP_MEMORY", "1")
+    ms.fit(small(), tiny_data(), **FAST)
+    assert asked == [1]
+
+
+# ---- BatchNorm statistics anew -----------------------------------------------------------------
+
+
+def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is():
+    """Means and variances off by far: anew they are those of the images, whatever they were."""
+    data, model = ms.load_data("shapes", image_size=8, sizes=(200, 50)), small(classes=10)
     spoiled, weights = copy.deepcopy(model), [p.detach().clone() for p in model.parameters()]
     for m in spoiled.modules():
-        if isinstance(m, torch.nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             m.running_mean += 3
             m.running_var *= 9
     for net in (model, spoiled):
-        assert (
-            ms.recalibrate(net.eval(), data.train, images=150, batch_size=50) is net
-            and not net.training
-        )
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(model.state_dict().values(), spoiled.state_dict().values())
-    )
+        assert ms.recalibrate(net.eval(), data.train, images=150, batch_size=50) is net
+        assert not net.training
+    assert same(model, spoiled)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights))
     assert float(model.bn.running_var.min()) > 0 and int(model.bn.num_batches_tracked) == 3
-    means = torch.stack(
-        [model.conv(x).detach().mean((0, 2, 3)) for x, _ in batches(data.train, 180)]
-    ).mean(0)  # of the images as they are
-    assert (
-        float((model.bn.running_mean - means).abs().max())
-        < 0.3
-        < float((model.bn.running_mean + 3 - means).abs().max())
-    )
+    (x, _), *_ = batches(data.train, 180)  # the images as they are
+    means = model.conv(x).detach().mean((0, 2, 3))
+    assert float((model.bn.running_mean - means).abs().max()) < 0.3
+    assert float((model.bn.running_mean + 3 - means).abs().max()) > 0.3
 
 
-def test_recalibrate_draws_the_same_from_a_loader_each_time(data):
-    images = torch.utils.data.TensorDataset(normalize(data.train.images), data.train.labels)
-    loader, first = (
-        torch.utils.data.DataLoader(images, 32, shuffle=True),
-        ms.resnet(8, len(data.classes)),
-    )
+def test_recalibrate_draws_the_same_from_a_loader_each_time():
+    few, first = loader(tiny_data().train, 32, shuffle=True), small()
     again = copy.deepcopy(first)
-    ms.recalibrate(first, loader, images=64, batch_size=32)
-    before = torch.get_rng_state()
-    ms.recalibrate(again, loader, images=64, batch_size=32)
-    assert (
-        torch.equal(first.bn.running_mean, again.bn.running_mean)
-        and int(first.bn.num_batches_tracked) == 2
-    )
-    assert torch.equal(torch.get_rng_state(), before)
+    ms.recalibrate(first, few, images=64, batch_size=32)
+    torch.rand(1)
+    ms.recalibrate(again, few, images=64, batch_size=32)
+    assert torch.equal(first.bn.running_mean, again.bn.running_mean)
+    assert int(first.bn.num_batches_tracked) == 2

@@ -1,91 +1,175 @@
-"""What stands in one place and is written into README and lessons: the repository's address, the measured results."""
+"""What stands in one place and is written into README and lessons.
+
+The repository's address stands in pyproject.toml, measured results in data/reference. README shows
+them between markers, such as <!-- bench --> and <!-- /bench -->; what stands there is made here.
+"""
 
 import re
 import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import pandas as pd
 
-from mslib.course import stages as course
+from mslib.course.results import reference, scoreboard
 from mslib.files import ROOT, read_json, replacing
 
+REFERENCE = ROOT / "data" / "reference"
 PLACES = r"(github\.com/|/github/|/v2/gh/)[\w.-]+/[\w.-]+?(?=(\.git)?[/\s\"')\]\\]|$)"
-SECTION = re.compile(r"(<!-- (results|comparison|bench) -->\n)(.*?)(<!-- /\2 -->)", re.S)
+GITHUB = "https://github.com/"
 
 
-def address():
-    """ "owner/name" of the repository, from [project.urls] in pyproject.toml."""
-    url = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"][
-        "Repository"
-    ]
-    return url.removeprefix("https://github.com/").rstrip("/")
+def address() -> str:
+    """The repository as "owner/name", from [project.urls] in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["urls"]["Repository"].removeprefix(GITHUB).rstrip("/")
 
 
-def results():
-    """The README's section of results, in Markdown, from the reference run that the lessons show."""
-    stages = list(course.reference().values())
-    table = course.scoreboard(stages)
-    line = sum(
-        len(s.rows) for s in stages if s.lesson[:2] <= "05" and s.metrics["rows"]
-    )  # of later lessons only the ends
+# ---- the reference run ---------------------------------------------------------------------------
+
+
+def results() -> str:
+    """The table of the reference run that the lessons show, with a figure and how it was made."""
+    stages = list(reference().values())
+    table = scoreboard(stages)
+    # lessons up to 05 in full; of the later ones only what they end with
+    early = [len(s.rows) for s in stages if s.lesson[:2] <= "05" and s.metrics["rows"]]
     ends = table.network.str.contains("fine-tuned") & ~table.network.str.startswith("VGG")
-    table = table[(table.index < line) | ends]
-    folder = stages[0].path.parent.relative_to(course.ROOT).as_posix()
-    copies = " · ".join(f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages)
-    settings = ", ".join(
-        f"{k} {v}"
-        for k, v in stages[-1].settings.items()
-        if k not in ("image_size", "train_size", "test_size")
-    )
+    table = table[(table.index < sum(early)) | ends]
+    folder = f"data/reference/{stages[0].path.parent.name}"
+    copies = [f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages]
+    hidden = ("image_size", "train_size", "test_size")
+    settings = [f"{k} {v}" for k, v in stages[-1].settings.items() if k not in hidden]
     m, minutes = stages[-1].metrics, sum(s.minutes for s in stages)
+    made = f"{m['date']}, {m['hardware']}, {m['threads']} threads, torch {m['torch']}"
     return (
         f"![What the cut costs, and what is left after fine-tuning]({folder}/result.png)\n\n"
-        + _markdown(table.columns, table.astype(str).to_numpy())
-        + "\n\n"
-        f"Test top-1 of one run with {settings}; {m['date']}, {m['hardware']}, {m['threads']} threads, torch {m['torch']}; "
-        f"{minutes:.0f} minutes of training in all. The lessons as executed in this run: {copies}.\n"
+        f"{_markdown(table.columns, table.astype(str).to_numpy())}\n\n"
+        f"Test top-1 of one run with {', '.join(settings)}; {made}; "
+        f"{minutes:.0f} minutes of training in all. "
+        f"The lessons as executed in this run: {' · '.join(copies)}.\n"
     )
 
 
-def comparison():
-    """The README's table of methods, in Markdown, from data/reference/comparison-cifar10.csv: means over seeds ± sd."""
-    table = pd.read_csv(course.REFERENCE / "comparison-cifar10.csv")
-    cells = (
-        table.assign(lost=table.before - table.folded)
-        .groupby(["method", "reduction"])[["lost", "top1"]]
-        .agg(["mean", "std"])
-    )
-    order, reductions = (
-        table.groupby("method").top1.mean().sort_values(ascending=False).index,
-        sorted(table.reduction.unique()),
-    )
-    heads = [
-        "method",
-        *(
-            f"−{r:.0%}: {what}"
-            for r in reductions
-            for what in ("lost at the cut", "top-1 % in the end")
-        ),
+def findings() -> str:
+    """What the reference run says, in words: points of test top-1 between its networks."""
+    table = scoreboard(reference().values()).set_index("network")
+    top1 = table["top-1 %"]
+
+    def lost(method: str) -> float:
+        return top1[f"{method}: before the cut"] - top1[f"{method}: after the cut, folded"]
+
+    def behind(control: str, *methods: str) -> str:
+        gaps = sorted(top1[control] - top1[f"{method}: fine-tuned"] for method in methods)
+        return f"{gaps[0]:.2f} to {gaps[-1]:.2f} points behind"
+
+    dense, scratch = "dense, trained on as long", "scratch: same architecture"
+    flows = [
+        name.removesuffix(": fine-tuned")
+        for name in top1.index
+        if name.startswith("feature flow") and name.endswith(": fine-tuned")
     ]
-    rows = []
-    for method in order:
-        rows.append([method])
-        for r in reductions:
-            (lost, _), (top1, spread) = (
-                cells.loc[(method, r), "lost"],
-                cells.loc[(method, r), "top1"],
-            )
-            rows[-1] += ["" if method == "scratch" else f"{lost:.1f}", f"{top1:.2f} ± {spread:.2f}"]
-    first = table.iloc[0]
-    return _markdown(heads, rows) + (
-        f"\n\nResNet-{first.depth} on CIFAR-10 (JPEG copy), {first.epochs} epochs each, means over seeds {', '.join(map(str, sorted(table.seed.unique())))} "
-        f"± their standard deviation; {table.date.min()} to {table.date.max()}, {first.hardware}, torch {first.torch}; "
-        "[the table](data/reference/comparison-cifar10.csv), [the sweep](data/reference/comparison-cifar10.yml).\n"
+    grown = 100 - table["MACs left %"]["GReg-1: fine-tuned"]
+    return (
+        f"- **The cut** loses {lost('masked'):.2f} points of test top-1 after the masked penalty. "
+        f"After the global penalty it loses {lost('global'):.0f}. In both, what the removed "
+        "channels sent as constants is folded in.\n"
+        f"- **After fine-tuning** the two end {behind(dense, 'global', 'masked')} the dense "
+        "network that was trained on for as long. They end "
+        f"{behind(scratch, 'global', 'masked')} the same small network trained from scratch.\n"
+        f"- **The growing penalties** of lesson 06 remove {grown:.0f} % of the MACs. They end "
+        f"{behind(dense, 'GReg-1', 'GReg-2')} the dense network.\n"
+        "- **The feature flow** of lesson 07 removes as much. It ends "
+        f"{behind(dense, *flows)} the dense network.\n"
     )
 
 
-def benchmarks():
-    """The README's table of `make bench`, in Markdown, from data/reference/bench.json."""
-    found = read_json(course.REFERENCE / "bench.json")
+# ---- the comparison of methods -------------------------------------------------------------------
+
+
+def _compared() -> pd.DataFrame:
+    """The table of lesson 08's sweep, with `lost`: points lost at the cut, constants folded in."""
+    table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
+    return table.assign(lost=table.before - table.folded)
+
+
+def comparison() -> str:
+    """The table of methods: means over seeds ± standard deviation, the best first."""
+    table = _compared()
+    cells = table.groupby(["method", "reduction"])[["lost", "top1"]].agg(["mean", "std"])
+    order = table.groupby("method").top1.mean().sort_values(ascending=False).index
+    reductions, heads, rows = sorted(table.reduction.unique()), ["method"], []
+    for r in reductions:
+        heads += [f"−{r:.0%}: lost at the cut", f"−{r:.0%}: top-1 % in the end"]
+    for method in order:
+        row = [method]
+        for r in reductions:
+            lost, top1 = cells.loc[(method, r), "lost"], cells.loc[(method, r), "top1"]
+            row += ["" if method == "scratch" else f"{lost['mean']:.1f}"]
+            row += [f"{top1['mean']:.2f} ± {top1['std']:.2f}"]
+        rows.append(row)
+    first, seeds = table.iloc[0], ", ".join(str(seed) for seed in sorted(table.seed.unique()))
+    return (
+        f"{_markdown(heads, rows)}\n\n"
+        f"ResNet-{first.depth} on CIFAR-10 (JPEG copy), {first.epochs} epochs each, "
+        f"means over seeds {seeds} ± their standard deviation; "
+        f"{table.date.min()} to {table.date.max()}, {first.hardware}, torch {first.torch}; "
+        "[the table](data/reference/comparison-cifar10.csv), "
+        "[the sweep](data/reference/comparison-cifar10.yml).\n"
+    )
+
+
+def methods() -> str:
+    """What the comparison says, in words: points of test top-1 from the control, and at the cut."""
+    table, lines = _compared(), []
+    for reduction, group in table.groupby("reduction"):
+        ends = group.groupby("method").top1.mean()
+        gaps = (ends.drop("scratch") - ends.scratch).sort_values()
+        lines.append(
+            f"- **With {100 * reduction:.0f} % of the MACs removed**, the best pruned networks "
+            f"(*{gaps.index[-1]}*) end {_from(gaps.iloc[-1])} the control. "
+            f"The last (*{gaps.index[0]}*) end {_from(gaps.iloc[0])} it."
+        )
+    half = table[table.reduction == 0.5].groupby("method").lost.mean().drop("scratch")
+    aimed = half[["masked", "greg-1", "greg-2"]]
+    others = half.drop(aimed.index)
+    lines.append(
+        "- **At the cut** of half of the MACs, the penalties aimed at what goes "
+        f"(*masked*, *greg-1*, *greg-2*) lose {aimed.max():.1f} points at most. "
+        f"The others lose {others.min():.0f} to {others.max():.0f}."
+    )
+    control = pd.read_csv(REFERENCE / "control-cifar10.csv").top1
+    gap = control.mean() - table[(table.method == "uniform") & (table.reduction == 0.7)].top1.mean()
+    lines.append(
+        "- **A second control**, trained from scratch with *uniform*'s widths at 70 % less, "
+        f"ends at {control.mean():.2f} ± {control.std():.2f} %. "
+        f"That is {_from(gap)} *uniform* itself "
+        "([table](data/reference/control-cifar10.csv))."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _from(points: float) -> str:
+    return f"{abs(points):.2f} points {'ahead of' if points > 0 else 'behind'}"
+
+
+# ---- networks and benchmarks ---------------------------------------------------------------------
+
+
+def networks() -> str:
+    """What can be cut in torchvision's networks, from data/reference/networks.csv."""
+    heads = ("network", "groups that can be cut", "MACs left with half of them gone")
+    table = pd.read_csv(REFERENCE / "networks.csv", dtype=str)
+    rows = [
+        (row.network, f"{row.free} of {row.groups}", row.left, row.whole)
+        for row in table.itertuples()
+    ]
+    return _markdown((*heads, "what stays whole"), rows, numbers=False) + "\n"
+
+
+def benchmarks() -> str:
+    """What `make bench` measured, from data/reference/bench.json."""
+    found = read_json(REFERENCE / "bench.json")
     rows = [
         (
             row["what"],
@@ -95,32 +179,50 @@ def benchmarks():
         )
         for row in found["rows"]
     ]
-    where = (
-        f"{found['date']}, {found['hardware']}, {found['threads']} threads, torch {found['torch']}"
-    )
+    machine = f"{found['hardware']}, {found['threads']} threads, torch {found['torch']}"
     return (
-        _markdown(("measured", "here", "against", "ratio"), rows)
-        + f"\n\n`make bench`, {where}; [as JSON](data/reference/bench.json).\n"
+        f"{_markdown(('measured', 'here', 'against', 'ratio'), rows)}\n\n"
+        f"`make bench`, {found['date']}, {machine}; [as JSON](data/reference/bench.json).\n"
     )
 
 
-def _markdown(heads, rows):
-    """A table in Markdown: its first column to the left, the others to the right."""
-    return "\n".join(
-        f"| {' | '.join(row)} |" for row in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)
-    )
+def _markdown(heads: Iterable[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A table in Markdown: its first column to the left, the others to the right if `numbers`."""
+    heads = list(heads)
+    lines = (heads, ["---", *["---:" if numbers else "---"] * (len(heads) - 1)], *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-MADE = {"results": results, "comparison": comparison, "bench": benchmarks}
+# ---- writing -------------------------------------------------------------------------------------
+
+# section -> what makes it, in README's order
+MADE: dict[str, Callable[[], str]] = {
+    "findings": findings,
+    "results": results,
+    "comparison": comparison,
+    "methods": methods,
+    "networks": networks,
+    "bench": benchmarks,
+}
+SECTION = re.compile(rf"(<!-- ({'|'.join(MADE)}) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
-def stamp():
-    """Write the address of pyproject.toml everywhere and the results into README; returns the files that changed."""
+def stamped(text: str) -> str:
+    """`text` of README or of a lesson, with the address and all sections as they should be."""
+
+    def section(found: re.Match[str]) -> str:
+        return found.group(1) + MADE[found.group(2)]() + found.group(4)
+
+    text = re.sub(PLACES, lambda found: found.group(1) + address(), text)
+    return SECTION.sub(section, text)
+
+
+def stamp() -> list[Path]:
+    """Bring README and lessons up to date; returns the files that changed, relative to ROOT."""
     changed = []
     for path in (ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))):
         text = path.read_text(encoding="utf-8")
-        new = re.sub(PLACES, lambda m: m.group(1) + address(), text)
-        new = SECTION.sub(lambda m: m.group(1) + MADE[m.group(2)]() + m.group(4), new)
+        new = stamped(text)
         if new != text:
             with replacing(path) as beside:
                 beside.write_text(new, encoding="utf-8")

@@ -2,231 +2,266 @@
 
 import argparse
 import ast
+import re
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
-from . import stages as course
-from .settings import config
+from ..files import ROOT
+
+# What needs pydantic, pandas or papermill is imported where it is used: --help answers at once.
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m mslib", description="Run the course's lessons in batch."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run", help="execute the lessons in order through papermill; finished ones are reused"
-    )
-    run.add_argument(
-        "--again",
-        action="store_true",
-        help="execute notebooks anew; finished trainings are still reused",
-    )
-    grid = commands.add_parser(
-        "sweep", help="run one lesson for every combination of settings; a row each in a CSV"
-    )
-    grid.add_argument(
-        "file",
-        nargs="?",
-        help="YAML: lesson, preset, and settings with a value or a list of values each",
-    )
-    grid.add_argument("--lesson", help="by number or name (default 05)")
-    grid.add_argument(
-        "-j", "--jobs", type=int, default=1, help="processes at a time on one machine (default 1)"
-    )
-    grid.add_argument(
-        "--scheduler", metavar="ADDRESS", help="of a Dask scheduler whose workers see this folder"
-    )
-    grid.add_argument(
-        "--csv", help="the table (default runs/<preset>/sweep-<lesson>.csv, or named like FILE)"
-    )
-    grid.add_argument(
-        "-p",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="a setting and its values",
-    )
-    table = commands.add_parser(
-        "bench", help="training, pruning and pruned networks against named alternatives, as ratios"
-    )
-    table.add_argument(
-        "--json",
-        default=course.ROOT / "runs" / "bench.json",
-        help="where the table goes (default runs/bench.json)",
-    )
-    keep = commands.add_parser(
-        "reference", help="copy a finished run's results to data/reference/NAME"
-    )
-    keep.add_argument("name")
-    store = commands.add_parser(
-        "store", help="execute the stored lessons anew and keep their outputs in notebooks/"
-    )
-    commands.add_parser(
-        "stamp",
-        help="write the address of pyproject.toml and the measured results into README and lessons",
-    )
-    for command in (run, keep, store):
-        command.add_argument(
-            "--only", default="00-99", metavar="A-B", help="lessons by number, such as 01-03 or 04"
-        )
-    for command in (run, keep, grid):
-        command.add_argument(
-            "--preset",
-            default=None if command is grid else "auto",
-            help="quick, standard, full or auto (default)",
-        )
-    for command in (run, keep):
-        command.add_argument(
-            "-p",
-            nargs=2,
-            action="append",
-            default=[],
-            metavar=("NAME", "VALUE"),
-            help="change a setting",
-        )
-    options = parser.parse_args(arguments)
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failed run, 2 for a wrong request."""
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args([_shielded(word) for word in words])
+    commands = {
+        "run": _run,
+        "sweep": _sweep,
+        "bench": _bench,
+        "reference": _reference,
+        "store": _store,
+        "stamp": _stamp,
+    }
     try:
-        return {
-            "run": _run,
-            "sweep": _sweep,
-            "bench": _bench,
-            "reference": _reference,
-            "store": _store,
-            "stamp": _stamp,
-        }[options.command](options) or 0
+        return commands[options.command](options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _chosen(options):
-    return config(options.preset, **{name: _value(text) for name, text in options.p}), _lessons(
-        options
+def _shielded(word: str) -> str:
+    """A negative number with a space before it: argparse would take -1e-3 for an option."""
+    return f" {word}" if re.match(r"-(\.?\d|inf|nan)", word) else word
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mslib", description="Run the course's lessons in batch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    run = add("run", "execute the lessons in order through papermill; finished ones are reused")
+    again = "execute notebooks anew; finished trainings are still reused"
+    run.add_argument("--again", action="store_true", help=again)
+    grid = add("sweep", "run one lesson for every combination of settings; a row each in a CSV")
+    keep = add("reference", "copy a finished run's results to data/reference/NAME")
+    keep.add_argument("name")
+    store = add("store", "execute the stored lessons anew and keep their outputs in notebooks/")
+    bench = add("bench", "training, pruning and pruned networks against named alternatives")
+    add(
+        "stamp", "write the address of pyproject.toml and the measured results into README, lessons"
     )
 
+    table = str(ROOT / "runs" / "bench.json")
+    bench.add_argument(
+        "--json", default=table, help="where the table goes (default runs/bench.json)"
+    )
+    for command in (run, keep, store):
+        text = "lessons by number, such as 3, 01-03 or 04"
+        command.add_argument("--only", default="00-99", metavar="A-B", help=text)
+    for command in (run, keep, grid):
+        command.add_argument("--preset", help="quick, standard, full or auto (default)")
+    pair: dict[str, Any] = dict(action="append", default=[], metavar=("NAME", "VALUE"))
+    for command in (run, keep):
+        command.add_argument("-p", nargs=2, help="change a setting", **pair)
+    grid.add_argument("-p", nargs="+", help="a setting and its values", **pair)
+    text = "YAML: lesson, preset, and settings with a value or a list of values each"
+    grid.add_argument("file", nargs="?", help=text)
+    grid.add_argument("--lesson", help="by number or name (default 05)")
+    grid.add_argument("-j", "--jobs", type=int, default=1, help="processes at a time (default 1)")
+    text = "of a Dask scheduler whose workers see this folder"
+    grid.add_argument("--scheduler", metavar="ADDRESS", help=text)
+    text = "the table (default runs/<preset>/sweep-<lesson>.csv, or named like FILE)"
+    grid.add_argument("--csv", help=text)
+    return parser
 
-def _lessons(options):
-    first, _, last = options.only.partition("-")
-    lessons = [name for name in course.NEEDS if first <= name[:2] <= (last or first)]
-    if not lessons:
-        raise ValueError(
-            f"--only {options.only}: no such lesson; there are 00 to {list(course.NEEDS)[-1][:2]}"
-        )
-    return lessons
 
-
-def _run(options):
+def _run(options: argparse.Namespace) -> int:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from .lessons import run_lesson
+    from .stages import needs_checkout, stage
+
+    needs_checkout("run")
     cfg, lessons = _chosen(options)
-    print(f"preset {cfg.preset}, dataset {cfg.dataset}", flush=True)
+    say(f"preset {cfg.preset}, dataset {cfg.dataset}")
     for lesson in lessons:
-        found = course.stage(lesson, cfg)
-        if found.finished and (found / f"{lesson}.ipynb").exists() and not options.again:
-            say(f"{lesson}: finished before, reused")
-            continue
         try:
-            course.run_lesson(lesson, cfg, say)
+            run_lesson(lesson, cfg, say, options.again)
         except PapermillExecutionError as error:
-            print(
+            part = stage(lesson, cfg) / f".{lesson}.ipynb"
+            _complain(
                 f"error in {lesson}, cell {error.exec_count}: {error.ename}: {error.evalue}",
-                file=sys.stderr,
-            )
-            print(
-                f"the notebook as far as it came: {found / f'.{lesson}.ipynb'}; run again to go on",
-                file=sys.stderr,
+                f"the notebook as far as it came: {part}; run again to go on",
             )
             return 1
         except DeadKernelError:
-            print(
-                f"error in {lesson}: its process was killed, perhaps for want of memory; run again to go on",
-                file=sys.stderr,
-            )
+            why = "its process was killed, perhaps for want of memory; run again to go on"
+            _complain(f"error in {lesson}: {why}")
             return 1
         except KeyboardInterrupt:
-            print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+            _complain("stopped; the same command goes on from the last finished epoch")
             return 130
-    stages = [s for s in (course.stage(name, cfg) for name in course.NEEDS) if s.finished]
-    if any(s.metrics["rows"] for s in stages):
-        print("\n" + course.scoreboard(stages).to_string(index=False, float_format="%.2f"))
+    _print_scoreboard(cfg)
     print("\nexecuted notebooks:")
     for lesson in lessons:
-        print(f"  {course.stage(lesson, cfg) / f'{lesson}.ipynb'}")
+        print(f"  {stage(lesson, cfg) / f'{lesson}.ipynb'}")
+    return 0
 
 
-def _sweep(options):
-    import yaml
+def _print_scoreboard(cfg: Any) -> None:
+    from .results import scoreboard
+    from .stages import NEEDS, stage
 
+    stages = []
+    for lesson in NEEDS:
+        try:
+            found = stage(lesson, cfg)
+            if found.finished and found.metrics["rows"]:
+                stages.append(found)
+        except ValueError as error:  # of another lesson, damaged: the table does without
+            _complain(f"warning: {error}")
+    if stages:
+        print("\n" + scoreboard(stages).to_string(index=False, float_format="%.2f"))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from .settings import config
+    from .stages import NEEDS, home
     from .sweeps import sweep
 
-    settings = {}
-    if options.file:
-        try:
-            settings = yaml.safe_load(Path(options.file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"{options.file} is not valid YAML: {' '.join(str(error).split())}"
-            ) from None
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"{options.file}: expected lines such as 'seed: [0, 1, 2]', found {settings!r}"
-            )
-    lesson, preset = str(settings.pop("lesson", "05")), settings.pop("preset", "auto")
-    lesson = (options.lesson or lesson).zfill(2)
-    lesson = next((name for name in course.NEEDS if lesson in (name, name[:2])), lesson)
-    preset = config(options.preset or preset).preset
+    settings = _read_grid(options.file) if options.file else {}
     for name, *values in options.p:
         if not values:
             raise ValueError(
-                f"-p {name}: expected one or more values after the name, for example -p seed 0 1 2"
+                f"-p {name}: expected one or more values after the name, such as -p seed 0 1 2"
             )
         settings[name] = [_value(v) for v in values] if len(values) > 1 else _value(*values)
+    asked = str(options.lesson or settings.pop("lesson", "05")).zfill(2)
+    settings.pop("lesson", None)
+    lesson = next((name for name in NEEDS if asked in (name, name[:2])), asked)
+    preset = config(options.preset or settings.pop("preset", "auto")).preset
+    settings.pop("preset", None)
     title = Path(options.file).stem if options.file else f"sweep-{lesson}"
-    path = Path(
-        options.csv
-        or course.ROOT / config(preset, runs=settings.get("runs")).runs / preset / f"{title}.csv"
-    )
+    runs = home() / config(preset, runs=settings.get("runs")).runs
+    path = Path(options.csv or runs / preset / f"{title}.csv")
+    if path.is_dir():
+        raise ValueError(f"--csv {path} is a folder; give the name of a file, such as table.csv")
     failed = sweep(lesson, preset, settings, path, options.jobs, options.scheduler)
     print(f"\n{path}")
-    for point, why in failed.items():
-        print(f"failed: {point}: {why}", file=sys.stderr)
+    _complain(*(f"failed: {point}: {why}" for point, why in failed.items()))
     return 1 if failed else 0
 
 
-def _bench(options):
-    from tools.bench import bench
+def _read_grid(file: str) -> dict[str, Any]:
+    """The settings of a sweep's YAML file."""
+    import yaml
 
-    bench(options.json, say=say)
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        found = repr(settings)[:60]
+        raise ValueError(f"{file}: expected lines such as 'seed: [0, 1, 2]', found {found}")
+    for name, value in settings.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file}: {name!r} is no name of a setting; write 'seed: [0, 1, 2]'")
+        values = value if isinstance(value, list) else [value]
+        read = [_value(v) if isinstance(v, str) else v for v in values]  # 1e-3 is text in YAML
+        settings[name] = read if isinstance(value, list) else read[0]
+    return settings
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _tool("bench")["bench"](options.json, say=say)
     print(options.json)
+    return 0
 
 
-def _reference(options):
-    cfg, lessons = _chosen(options)
-    course.keep_reference(options.name, cfg, lessons)
-
-
-def _store(options):
-    for lesson in _lessons(options):
-        course.store_lesson(lesson, config("auto"), say)
-
-
-def _stamp(options):
-    from tools.stamp import stamp
-
-    for path in stamp():
+def _stamp(options: argparse.Namespace) -> int:
+    for path in _tool("stamp")["stamp"]():
         print(f"stamped {path}")
+    return 0
 
 
-def say(line):
+def _tool(name: str) -> dict[str, Any]:
+    """What tools/<name>.py of the checkout defines."""
+    path = ROOT / "tools" / f"{name}.py"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name} needs tools/{name}.py, which the installed package does not hold; "
+            "run it in a checkout of https://github.com/mslib-course/mslib"
+        )
+    return runpy.run_path(str(path), run_name=f"tools.{name}")
+
+
+def _reference(options: argparse.Namespace) -> int:
+    from .results import keep_reference
+
+    keep_reference(options.name, *_chosen(options))
+    return 0
+
+
+def _store(options: argparse.Namespace) -> int:
+    from .lessons import store_lesson
+    from .settings import config
+
+    for lesson in _lessons(options.only):
+        store_lesson(lesson, config("auto"), say)
+    return 0
+
+
+def _chosen(options: argparse.Namespace) -> tuple[Any, list[str]]:
+    """The configuration and the lessons that were asked for."""
+    from .settings import config
+
+    settings: dict[str, Any] = {}
+    for name, text in options.p:
+        if name in settings:
+            raise ValueError(
+                f"-p {name} is given twice, {settings[name]!r} and {text}; leave one out"
+            )
+        settings[name] = _value(text)
+    return config(options.preset or "auto", **settings), _lessons(options.only)
+
+
+def _lessons(only: str) -> list[str]:
+    """The lessons of --only: "3", "03" or "1-5"."""
+    from .stages import NEEDS
+
+    span = re.fullmatch(r"(\d{1,2})(?:-(\d{1,2}))?", only.strip())
+    if not span:
+        raise ValueError(f"--only {only}: expected lessons by number, such as 03 or 01-05")
+    first, last = span[1].zfill(2), (span[2] or span[1]).zfill(2)
+    lessons = [name for name in NEEDS if first <= name[:2] <= last]
+    if not lessons:
+        raise ValueError(f"--only {only}: no such lesson; there are 00 to {list(NEEDS)[-1][:2]}")
+    return lessons
+
+
+def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _value(text):
+def _complain(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _value(text: str) -> Any:
     """A setting's value as written on the command line: a Python literal, else the text itself."""
+    text = text.strip()
+    if re.fullmatch(r"[+-]?(inf|nan|infinity)", text.lower()):
+        return float(text)  # to be refused as the number that it is
     try:
         return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text

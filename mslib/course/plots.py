@@ -1,23 +1,44 @@
-"""The course's figures: one message each, said in its title; the same colour for the same method everywhere."""
+"""The course's figures: one message each, said in its title.
 
+The same method has the same colour everywhere. Every function draws in the course's style and
+leaves the defaults of matplotlib as they are; `style` lends it to the lines of a lesson.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
+from ..data.tensors import Split
 from ..networks import batch_norms
 from ..pruning.groups import channel_groups
+from .stages import Results
 
-sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
-plt.rcParams.update(
-    {
-        "figure.dpi": 80,
-        "savefig.dpi": 80,
-        "figure.facecolor": "white",
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-    }
-)
+Values = Mapping[str, Any]  # name of a curve or a panel -> its values
+
+STYLE: Any = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("notebook", font_scale=0.9),
+    "font.family": "sans-serif",
+    "axes.prop_cycle": plt.cycler(color=sns.color_palette("deep")),
+    "patch.facecolor": "C0",
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "figure.facecolor": "white",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+}
 
 _palette = sns.color_palette("colorblind")
 COLORS = {
@@ -44,19 +65,54 @@ COLORS = {
 }
 
 
-def color(name):
-    """The colour of the method that `name` mentions; None, the next of the cycle, if it mentions none."""
+@contextmanager
+def style() -> Iterator[None]:
+    """The course's style for a block of lines: `with ms.plots.style(): …`."""
+    mpl.get_backend()  # chosen now: what a notebook sets up with it must outlast the block
+    with mpl.rc_context(STYLE):
+        yield
+
+
+class Drawing(Figure):
+    """A figure that is drawn in the course's style, whenever that is."""
+
+    def draw(self, renderer: Any) -> None:
+        with style():
+            super().draw(renderer)
+
+    def get_tightbbox(self, *args: Any, **kwargs: Any) -> Any:
+        with style():
+            return super().get_tightbbox(*args, **kwargs)
+
+
+def _with_text(figure: Drawing) -> tuple[bytes, dict[str, str]]:
+    """The picture as a notebook shows it, and the words for those who do not see it."""
+    from IPython.core.pylabtools import print_figure
+
+    return print_figure(figure), {"alt": figure.get_suptitle()}
+
+
+def color(name: str) -> Any:
+    """The colour of the method that `name` mentions; None, the next of the cycle, without one."""
     return next((c for key, c in COLORS.items() if key in name.lower()), None)
 
 
-def figure(title, width=8.0, height=3.4, columns=1, **kwargs):
+@style()
+def figure(
+    title: str, width: float = 8.0, height: float = 3.4, columns: int = 1, **kwargs: Any
+) -> tuple[Figure, Any]:
     """A figure with `columns` axes and the message `title`; returns (figure, axes)."""
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Drawing, _with_text)
+    looks: dict[str, Any] = dict(layout="constrained", FigureClass=Drawing, **kwargs)
+    fig, axes = plt.subplots(1, columns, figsize=(width, height), **looks)
     fig.suptitle(title, fontsize=12, fontweight="bold")
     return fig, axes
 
 
-def images(split, classes, title, each=8):
+@style()
+def images(split: Split, classes: Sequence[str], title: str, each: int = 8) -> None:
     """`each` images of every class, a column a class."""
     rows = [split.images[split.labels == c] for c in range(min(10, len(classes)))]
     each, (h, w) = min(each, *map(len, rows)), split.images.shape[2:]
@@ -69,8 +125,13 @@ def images(split, classes, title, each=8):
     axes.grid(False)
 
 
-def curves(histories, title, columns=("loss", "val_top1")):
-    """Training histories over epochs; returns the last axes. `histories`: dict[name -> frame of `fit`]."""
+@style()
+def curves(
+    histories: Mapping[str, pd.DataFrame],
+    title: str,
+    columns: Sequence[str] = ("loss", "val_top1"),
+) -> Axes:
+    """Training histories of `fit` over epochs, by name; returns the last axes."""
     labels = {
         "loss": "training loss (cross-entropy)",
         "val_top1": "held-out top-1 (%)",
@@ -79,7 +140,7 @@ def curves(histories, title, columns=("loss", "val_top1")):
         "gamma_below": "share of |γ| < 0.01",
         "gamma_median": "median |γ|",
     }
-    fig, axes = figure(title, columns=len(columns))
+    _, axes = figure(title, columns=len(columns))
     for ax, column in zip(np.atleast_1d(axes), columns):
         for name, frame in histories.items():
             ax.plot(frame.epoch, frame[column], "o-", ms=3, color=color(name), label=name)
@@ -90,8 +151,11 @@ def curves(histories, title, columns=("loss", "val_top1")):
     return ax
 
 
-def keep_flags(model, masks):
-    """For every BatchNorm channel in the order of the network: 1 kept, 0 dropped, nan not in `masks` (float [channels])."""
+def keep_flags(model: nn.Module, masks: Mapping[str, Tensor]) -> np.ndarray:
+    """For every BatchNorm channel, in the network's order: 1 kept, 0 dropped, nan not in `masks`.
+
+    Returns float [channels], as `Results.gammas` has them.
+    """
     norms = batch_norms(model)
     return np.concatenate(
         [
@@ -101,12 +165,22 @@ def keep_flags(model, masks):
     )
 
 
-def gamma_histograms(panels, title, flags, threshold=None, axes=None):
-    """|γ| of the maskable channels, kept and dropped apart; the `threshold` in the last of `panels`: dict[name -> |γ|]."""
+@style()
+def gamma_histograms(
+    panels: Values,
+    title: str,
+    flags: np.ndarray,
+    threshold: float | None = None,
+    axes: Any = None,
+) -> None:
+    """|γ| of the maskable channels, kept and dropped apart; the `threshold` in the last panel.
+
+    `panels`: name -> |γ|, float [channels]. `flags`: of `keep_flags`.
+    """
     if axes is None:
         _, axes = figure(title, columns=len(panels), sharey=True)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
-    top = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
+    top: float = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
         for flag, label in ((1, "kept"), (0, "dropped")):
             ax.hist(
@@ -123,9 +197,13 @@ def gamma_histograms(panels, title, flags, threshold=None, axes=None):
     np.atleast_1d(axes)[-1].legend()
 
 
-def gamma_paths(panels, title, flags):
-    """Median and 5–95 % band of |γ| after each epoch, kept and dropped apart. `panels`: dict[name -> snapshots]."""
-    fig, axes = figure(title, columns=len(panels), sharey=True)
+@style()
+def gamma_paths(panels: Values, title: str, flags: np.ndarray) -> None:
+    """Median and 5–95 % band of |γ| after each epoch, kept and dropped apart.
+
+    `panels`: name -> snapshots, float [epochs + 1, channels]. `flags`: of `keep_flags`.
+    """
+    _, axes = figure(title, columns=len(panels), sharey=True)
     for ax, (name, snapshots) in zip(np.atleast_1d(axes), panels.items()):
         gamma = np.asarray(snapshots, dtype=float)
         for flag, label in ((1, "kept"), (0, "dropped")):
@@ -138,10 +216,12 @@ def gamma_paths(panels, title, flags):
     np.atleast_1d(axes)[-1].legend()
 
 
-def kept_channels(masks, title):
+@style()
+def kept_channels(masks: Mapping[str, Tensor], title: str) -> None:
     """How many channels each layer keeps of how many."""
-    fig, ax = figure(title)
-    total, kept = ([int(f(m)) for m in masks.values()] for f in (len, torch.sum))
+    _, ax = figure(title)
+    total = [len(keep) for keep in masks.values()]
+    kept = [int(keep.sum()) for keep in masks.values()]
     x = np.arange(len(masks))
     ax.bar(x, total, color=COLORS["dropped"], alpha=0.35, label="dropped")
     ax.bar(x, kept, color=COLORS["kept"], label="kept")
@@ -152,8 +232,12 @@ def kept_channels(masks, title):
     ax.legend()
 
 
-def trajectories(flows, title):
-    """The way of the first image through each stage, in the plane of its two main directions. `flows`: dict[name -> ms.flows]."""
+@style()
+def trajectories(flows: Mapping[str, list[list[Tensor]]], title: str) -> None:
+    """The way of the first image through each stage, in the plane of its two main directions.
+
+    `flows`: name -> what `ms.flows` returns.
+    """
     _, axes = figure(title, columns=len(next(iter(flows.values()))))
     axes = np.atleast_1d(axes)  # one stretch makes one axis
     for s, ax in enumerate(axes):
@@ -169,9 +253,10 @@ def trajectories(flows, title):
     axes[0].legend()
 
 
-def bars(table, title, value, unit):
+@style()
+def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
     """Horizontal bars of one column, a bar a network."""
-    fig, ax = figure(title, 8, 0.42 * len(table) + 1.2)
+    _, ax = figure(title, 8, 0.42 * len(table) + 1.2)
     y = np.arange(len(table))[::-1]
     drawn = ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table.network])
     ax.bar_label(drawn, fmt="{:,.2f}", padding=3, fontsize=8)
@@ -181,45 +266,46 @@ def bars(table, title, value, unit):
     ax.set_xlim(0, 1.1 * table[value].max())
 
 
-def groups(model, title):
+MARKS = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}
+
+
+@style()
+def groups(model: nn.Module, example: Tensor, title: str) -> None:
     """Which layers of `model` touch which group of channels: a row a layer, a column a group."""
-    found = channel_groups(model)
+    found = channel_groups(model, example)
     touched = {n for g in found for n in (*g.writers, *g.norms, *g.readers)}
     layers = [name for name, _ in model.named_modules() if name in touched]
-    marks = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}
-    fig, ax = figure(title, 8, 0.2 * len(layers) + 1.5)
+    _, ax = figure(title, 8, 0.2 * len(layers) + 1.5)
     for column, g in enumerate(found):
         rows = [layers.index(n) for n in (*g.writers, *g.norms, *g.readers)]
-        ink = (
-            COLORS["masked"]
-            if len(g.norms) == 1
-            else COLORS["global"]
-            if g.norms
-            else COLORS["dense"]
-        )
-        ax.plot(
-            [column] * 2,
-            [min(rows), max(rows)],
-            color=ink,
-            alpha=0.35,
-            lw=5,
-            solid_capstyle="round",
-        )
-        for kind, (mark, word) in marks.items():
+        ink = COLORS["dense"]
+        if g.norms:
+            ink = COLORS["masked" if len(g.norms) == 1 else "global"]
+        ends = [min(rows), max(rows)]
+        ax.plot([column] * 2, ends, color=ink, alpha=0.35, lw=5, solid_capstyle="round")
+        for kind, (mark, word) in MARKS.items():
             ys = [layers.index(n) for n in getattr(g, kind)]
-            style = dict(marker=mark, s=34, color=ink, edgecolor="white", zorder=3)
-            ax.scatter([column] * len(ys), ys, **style, label=word if column == 0 else None)
+            looks = dict(marker=mark, s=34, color=ink, edgecolor="white", zorder=3)
+            ax.scatter([column] * len(ys), ys, **looks, label=word if column == 0 else None)
     ax.set_yticks(range(len(layers)), layers, fontsize=7)
     ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
-    ax.set(
-        xlabel="channels in the group (one column a group; orange: residual, blue: inner, grey: not maskable)"
-    )
+    colours = "orange: residual, blue: inner, grey: not maskable"
+    ax.set(xlabel=f"channels in the group (one column a group; {colours})")
     ax.invert_yaxis()
     ax.legend(loc="upper right", fontsize=8)
 
 
-def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
-    """Simple curves, in a figure of their own or in `ax`; returns the axes. `ys`: dict[name -> values]."""
+@style()
+def lines(
+    x: Any,
+    ys: Values,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    xticks: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Simple curves `ys` (name -> values), in their own figure or in `ax`; returns the axes."""
     if ax is None:
         _, ax = figure(title)
     for name, y in ys.items():
@@ -232,8 +318,12 @@ def lines(x, ys, title, xlabel, ylabel, xticks=None, ax=None):
     return ax
 
 
-def result(stages, path):
-    """The course in one picture, written to `path`: γ under both penalties, top-1 before and after the cut and in the end."""
+@style()
+def result(stages: Mapping[str, Results], path: str | Path) -> None:
+    """The course in one picture, written to `path`.
+
+    γ under both penalties; top-1 before the cut, after it, and in the end.
+    """
     base, sparse, masked, pruned, last = (
         stages[n] for n in stages if n[:2] in ("01", "02", "03", "04", "05")
     )
@@ -258,10 +348,11 @@ def result(stages, path):
     plt.close(fig)
 
 
-def published(ax, value, text):
+@style()
+def published(ax: Axes, value: float, text: str) -> None:
     """Mark a published top-1 (percent) by a dotted line."""
     ax.axhline(value, color=COLORS["published"], ls=":")
-    where = dict(
+    where: dict[str, Any] = dict(
         xycoords=("axes fraction", "data"),
         xytext=(3, -2),
         textcoords="offset points",
@@ -276,10 +367,11 @@ def published(ax, value, text):
     )
 
 
-def dots(ours, published, title, unit):
-    """One labelled value a row, best on top: ours filled in the method's colour, published ones hollow. Two dicts."""
-    values = ours | published
-    names = sorted(values, key=values.get)
+@style()
+def dots(ours: Values, published: Values, title: str, unit: str) -> None:
+    """One labelled value a row, best on top: ours in the method's colour, published ones hollow."""
+    values = {**ours, **published}
+    names = sorted(values, key=lambda name: values[name])
     _, ax = figure(title, 8, 0.3 * len(names) + 1.2)
     for y, name in enumerate(names):
         ink = (color(name) or COLORS["dense"]) if name in ours else "none"

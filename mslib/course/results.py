@@ -1,94 +1,91 @@
-"""Measured and published results: the reference runs that come with the course, and tables of them."""
+"""Measured and published results that come with the course, and tables of them."""
 
 import shutil
+from collections.abc import Iterable
+from pathlib import Path
 
 import pandas as pd
 
-from ..files import ROOT, read_json
-from .stages import NEEDS, Stage, stage
+from ..files import ROOT, is_checkout, read_json
+from .settings import Config
+from .stages import NEEDS, Results, needs_checkout, stage
 
-REFERENCE = ROOT / "data" / "reference"
+
+def tables() -> Path:
+    """Where the tables of the course lie: data/ of a checkout, or a folder inside the package."""
+    return ROOT / "data" if is_checkout() else Path(__file__).with_name("tables")
 
 
-def reference(name="resnet56-cifar10"):
-    """Measured results of a real run, which come with the course: dict[lesson -> Stage], in order.
+def reference(name: str = "resnet56-cifar10") -> dict[str, Results]:
+    """Measured results of a real run that come with the course: dict[lesson -> Results], in order.
 
-    `name`: network and images; of the presets in which they were run, the largest is taken. Or a folder's full name
-    in data/reference, such as resnet56-cifar10-standard. FileNotFoundError, with what there is, for any other.
+    `name`: network and images; of the presets in which they were run, the largest is taken. Or a
+    folder of data/reference, such as resnet56-cifar10-standard. FileNotFoundError if there is none.
     """
-    for folder in (
-        REFERENCE / name,
-        *(REFERENCE / f"{name}-{preset}" for preset in ("full", "standard", "quick")),
-    ):
-        found = sorted(folder.glob("*/metrics.json"))
-        if found:
-            return {
-                p.parent.name: Stage(p.parent.name, p.parent, read_json(p)["settings"])
-                for p in found
-            }
-    known = sorted(p.name for p in REFERENCE.glob("*") if p.is_dir())
+    kept = tables() / "reference"
+    for end in ("", "-full", "-standard", "-quick"):
+        if found := sorted((kept / f"{name}{end}").glob("*/metrics.json")):
+            folders = [path.parent for path in found]
+            settings = [read_json(path)["settings"] for path in found]
+            return {f.name: Results(f.name, f, s) for f, s in zip(folders, settings)}
+    known = sorted(p.name for p in kept.glob("*") if p.is_dir())
     raise FileNotFoundError(f"no reference {name!r}; there are: {', '.join(known) or 'none'}")
 
 
-def published(network, dataset="CIFAR-10"):
-    """Published results of `network`, a row a method: base and pruned top-1, delta, MACs removed (all percent), source."""
-    table = pd.read_csv(ROOT / "data" / "published.csv").set_index("method")
+def published(network: str, dataset: str = "CIFAR-10") -> pd.DataFrame:
+    """Published results of `network`, a row a method, in percent.
+
+    Columns: base and pruned top-1, delta, reduction (of the MACs), source.
+    """
+    table = pd.read_csv(tables() / "published.csv").set_index("method")
     return table[(table.network == network) & (table.dataset == dataset)]
 
 
-def scoreboard(stages):
-    """One table of every network measured in `stages`: top-1 and what is left of MACs and parameters, in percent.
+def scoreboard(stages: Iterable[Results]) -> pd.DataFrame:
+    """One table of every network in `stages`: top-1, and what is left of MACs and parameters.
 
-    Percent of the row "baseline" (or the first), and for names that begin with VGG-16 of "VGG-16: baseline", and so on.
+    In percent of the row "baseline" (or the first), and for names that begin with VGG-16 of
+    "VGG-16: baseline", and so on.
     """
     table = pd.concat([s.rows for s in stages if s.metrics["rows"]], ignore_index=True)
-    bases = {"": 0} | {
-        n.removesuffix("baseline").rstrip(": "): i
-        for i, n in enumerate(table.name)
-        if n.endswith("baseline")
-    }
+    bases = {"": 0}  # the beginning of names -> the row that they are compared with
+    for row, name in enumerate(table.name):
+        if name.endswith("baseline"):
+            bases[name.removesuffix("baseline").rstrip(": ")] = row
     own = [bases[max((b for b in bases if n.startswith(b)), key=len)] for n in table.name]
     whole = table.iloc[own].reset_index(drop=True)
-    return pd.DataFrame(
-        {
-            "network": table.name,
-            "top-1 %": table.top1.round(2),
-            "MACs M": (table.macs / 1e6).round(2),
-            "MACs left %": (100 * table.macs / whole.macs).round(1),
-            "params left %": (100 * table.params / whole.params).round(1),
-            "epochs": table.epochs,
-        }
-    )
+    columns = {
+        "network": table.name,
+        "top-1 %": table.top1.round(2),
+        "MACs M": (table.macs / 1e6).round(2),
+        "MACs left %": (100 * table.macs / whole.macs).round(1),
+        "params left %": (100 * table.params / whole.params).round(1),
+        "epochs": table.epochs,
+    }
+    return pd.DataFrame(columns)
 
 
-def keep_reference(name, cfg, lessons):
-    """Copy the finished stages of `cfg` to data/reference/<name>; of the weights, the baseline and the final network."""
+def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:
+    """Copy the finished stages of `cfg` to data/reference/<name>; of the weights only the ends."""
+    needs_checkout("reference")
     if not any(stage(lesson, cfg).finished for lesson in lessons):
         raise FileNotFoundError(
-            f"no lesson of this run is finished, {', '.join(lessons)}; run it first: python -m mslib run"
+            f"no lesson of this run is finished, {', '.join(lessons)}; "
+            "run it first: python -m mslib run"
         )
+    heavy = ["images", "imagenet", "*.onnx", "before.pt", "pruned*.pt", "penalty.pt", "model.pt"]
+    target = tables() / "reference" / name
     for lesson in lessons:
-        gammas = "gammas.pt" if lesson > "05" else ""  # which no lesson draws
-        heavy = (
-            "images",
-            "imagenet",
-            "*.onnx",
-            "before.pt",
-            "pruned*.pt",
-            "penalty.pt",
-            "model.pt",
-            "epoch-*.pt",
-        )
-        left_out = shutil.ignore_patterns(".*", "log.txt", *heavy, gammas)
         found = stage(lesson, cfg)
-        if found.finished:
-            shutil.copytree(
-                found.path, REFERENCE / name / lesson, dirs_exist_ok=True, ignore=left_out
-            )
-            if lesson == "01_baseline":
-                shutil.copy(found / "baseline" / "model.pt", REFERENCE / name / lesson / "baseline")
+        if not found.finished:
+            continue
+        undrawn = ["gammas.pt"] if lesson > "05" else []  # no figure of these lessons shows them
+        left_out = shutil.ignore_patterns(".*", "log.txt", "epoch-*.pt", *heavy, *undrawn)
+        shutil.copytree(found.path, target / lesson, dirs_exist_ok=True, ignore=left_out)
+        if lesson == "01_baseline":
+            shutil.copy(found / "baseline" / "model.pt", target / lesson / "baseline")
     kept = reference(name)
-    if {name for name in NEEDS if "01" <= name < "06"} <= kept.keys():
+    if {lesson for lesson in NEEDS if "01" <= lesson < "06"} <= kept.keys():
         from . import plots
 
-        plots.result(kept, REFERENCE / name / "result.png")
+        plots.result(kept, target / "result.png")

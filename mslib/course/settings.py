@@ -1,16 +1,20 @@
-"""Every number of a run, in one frozen record: three presets, and what you override."""
+"""Every number of a run, in one frozen and checked record: three presets, and what you override."""
 
+import ast
+import itertools
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+import sys
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from ..data.sources import KNOWN, find_dataset
-from ..files import nearest, relative
-from ..training.loop import SCHEDULES
+from ..files import nearest
 
-METHODS = (
+Schedule = Literal["onecycle", "step", "constant"]
+Method = Literal[
     "random",
     "uniform",
     "l1-norm",
@@ -21,106 +25,170 @@ METHODS = (
     "flow",
     "scratch",
     "scratch-uniform",
-)
+]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _setting(default, lesson, doc, low=None, high=None, known=None):
-    """Numbers must be above 0, or, where given, from `low` on and below `high`; texts one of `known`."""
-    return field(
-        default=default,
-        metadata={"lesson": lesson, "doc": doc, "low": low, "high": high, "known": known},
-    )
+def _setting(
+    default: Any, lesson: int, doc: str, *, also: tuple[int, ...] = (), **bounds: Any
+) -> Any:
+    """A setting that first matters to `lesson`, and to all that build on it.
+
+    `also`: of lessons 08 and 09, which build on 02 and on nothing, those that read it all the same.
+    """
+    told: Any = {"lesson": lesson, "also": also}
+    return Field(default, description=doc, json_schema_extra=told, **bounds)
 
 
-@dataclass(frozen=True)
-class Config:
-    """The settings of a run. Each names the first lesson it matters to: lessons before that do not depend on it."""
+class Config(BaseModel):
+    """The settings of a run. Each names the first lesson it matters to."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     preset: str = "quick"
     dataset: str = _setting(
-        "cifar10", 1, "shapes, cifar10, cifar100, or the path of a folder, .tar.gz or .zip"
+        "cifar10",
+        1,
+        "shapes, cifar10, cifar100, or the path of a folder, .tar.gz or .zip",
+        also=(9,),
     )
-    image_size: int | None = _setting(None, 1, "side of the images in pixels; None: as they are")
-    train_size: int = _setting(4000, 1, "training images drawn (shapes only)")
-    test_size: int = _setting(2000, 1, "test images drawn (shapes only)")
-    val: float = _setting(0.1, 1, "share of the training images held out for choosing", high=1)
-    depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2")
+    image_size: int | None = _setting(
+        None, 1, "side of the images in pixels; None: as they are", ge=8, le=1024
+    )
+    train_size: int = _setting(
+        4000, 1, "training images drawn (shapes only)", also=(9,), gt=0, le=1_000_000
+    )
+    test_size: int = _setting(
+        2000, 1, "test images drawn (shapes only)", also=(9,), gt=0, le=1_000_000
+    )
+    val: float = _setting(
+        0.1, 1, "share of the training images held out for choosing", also=(9,), gt=0, le=0.5
+    )
+    depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2", ge=8, le=1202)
     seed: int = _setting(
-        0, 1, "of the weights, the order of the images and their augmentation", low=0
+        0,
+        1,
+        "of the weights, the order of the images and their augmentation",
+        also=(9,),
+        ge=0,
+        lt=2**32,
     )
-    batch_size: int = _setting(128, 1, "images a step")
-    weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights")
-    schedule: str = _setting(
-        "onecycle", 1, "of the learning rate: onecycle, step or constant", known=SCHEDULES
+    batch_size: int = _setting(128, 1, "images a step", also=(9,), gt=0, le=65_536)
+    weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights", also=(9,), ge=0, lt=1)
+    schedule: Schedule = _setting(
+        "onecycle", 1, "of the learning rate: onecycle, step or constant", also=(9,)
     )
-    epochs: int = _setting(30, 1, "of the baseline")
-    lr: float = _setting(0.1, 1, "highest learning rate of the baseline")
-    sparse_epochs: int = _setting(4, 2, "with a sparsity penalty, global or masked")
-    sparse_lr: float = _setting(0.02, 2, "highest learning rate with a penalty")
-    global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ")
-    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", high=1)
+    epochs: int = _setting(30, 1, "of the baseline", gt=0, le=10_000)
+    lr: float = _setting(0.1, 1, "highest learning rate of the baseline", gt=0, le=100)
+    sparse_epochs: int = _setting(
+        4, 2, "with a sparsity penalty, global or masked", gt=0, le=10_000
+    )
+    sparse_lr: float = _setting(
+        0.02, 2, "highest learning rate with a penalty", also=(9,), gt=0, le=100
+    )
+    global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ", gt=0, le=1000)
+    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9,), gt=0, lt=1)
     floor: float = _setting(
-        0.125, 2, "share of its channels that each layer keeps at least", low=0, high=1
+        0.125, 2, "share of its channels that each layer keeps at least", also=(9,), ge=0, lt=1
     )
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
-    masked_strength: float = _setting(2e-2, 3, "λ of the penalty on the masked-out γ")
-    finetune_epochs: int = _setting(4, 5, "after the cut")
-    finetune_lr: float = _setting(0.02, 5, "highest learning rate after the cut")
-    layer_reduction: dict = field(
-        default_factory=lambda: {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
-        metadata={"lesson": 6, "doc": "share of the filters to remove in each layer of a stage"},
+    masked_strength: float = _setting(
+        2e-2, 3, "λ of the penalty on the masked-out γ", also=(8,), gt=0, le=1000
     )
-    growing_ceiling: float = _setting(5.0, 6, "factor of the growing penalty where it ends")
-    growing_every: int = _setting(10, 6, "iterations between two steps of the factor")
-    vgg_width: float = _setting(0.25, 6, "channels of the plain network, as a share of VGG-16's")
-    flow_length: float = _setting(1.0, 7, "k1, strength on the length of the feature flow")
-    flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature")
+    finetune_epochs: int = _setting(4, 5, "after the cut", also=(8,), gt=0, le=10_000)
+    finetune_lr: float = _setting(
+        0.02, 5, "highest learning rate after the cut", also=(8, 9), gt=0, le=100
+    )
+    layer_reduction: dict[str, Share] = _setting(
+        {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
+        6,
+        "share of the filters to remove in each layer of a stage",
+    )
+    growing_ceiling: float = _setting(
+        5.0, 6, "factor of the growing penalty where it ends", also=(8,), gt=0, le=1e6
+    )
+    growing_every: int = _setting(
+        10, 6, "iterations between two steps of the factor", also=(8,), gt=0, le=100_000
+    )
+    vgg_width: float = _setting(
+        0.25, 6, "channels of the plain network, as a share of VGG-16's", gt=0, le=4
+    )
+    flow_length: float = _setting(
+        1.0, 7, "k1, strength on the length of the feature flow", also=(8,), gt=0, le=1e6
+    )
+    flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature", gt=0, le=1e6)
     growing_exponent: float = _setting(
-        4.0, 8, "GReg-2's common penalty shrinks what nothing holds to e to the minus this"
+        4.0,
+        8,
+        "GReg-2's common penalty shrinks what nothing holds to e to the minus this",
+        gt=0,
+        le=100,
     )
-    method: str = _setting("masked", 8, "of pruning: " + ", ".join(METHODS), known=METHODS)
-    own_network: str = _setting("resnet18", 9, "of torchvision, by name")
-    own_side: int = _setting(48, 9, "of the images in pixels, as this network sees them")
-    own_epochs: int = _setting(6, 9, "of its baseline")
-    own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline")
-    own_sparse_epochs: int = _setting(2, 9, "with the penalty")
-    own_finetune_epochs: int = _setting(2, 9, "after the cut")
-    runs: str = field(
-        default_factory=lambda: os.environ.get("MSLIB_RUNS", "runs"),
-        metadata={"doc": "folder of all runs"},
+    method: Method = _setting("masked", 8, "of pruning: " + ", ".join(get_args(Method)))
+    own_network: str = _setting("resnet18", 9, "of torchvision, by name", min_length=1)
+    own_side: int = _setting(
+        48, 9, "of the images in pixels, as this network sees them", ge=8, le=1024
+    )
+    own_epochs: int = _setting(6, 9, "of its baseline", gt=0, le=10_000)
+    own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline", gt=0, le=100)
+    own_sparse_epochs: int = _setting(2, 9, "with the penalty", gt=0, le=10_000)
+    own_finetune_epochs: int = _setting(2, 9, "after the cut", gt=0, le=10_000)
+    runs: str = Field(
+        default_factory=lambda: os.environ.get("MSLIB_RUNS") or "runs",
+        description="folder of all runs",
+        min_length=1,
     )
 
-    def describe(self, lesson):
-        """The settings that first matter to `lesson` (a number), one a line: name, value, meaning."""
-        rows = [
-            (f.name, getattr(self, f.name), f.metadata["doc"])
-            for f in _settings()
-            if f.metadata["lesson"] == lesson
-        ]
-        return "\n".join(f"{name:16} {value!s:22} {doc}" for name, value, doc in rows)
+    @field_validator("depth")
+    @classmethod
+    def _six_n_plus_two(cls, depth: int) -> int:
+        if depth % 6 != 2:
+            raise ValueError("layers of a CIFAR ResNet: 6n + 2")
+        return depth
 
-    def phase(self, name):
-        """What `fit` needs for a phase, "baseline", "sparse" or "finetune": dict of its epochs and lr and of what all share."""
+    @property
+    def stored(self) -> bool:
+        """Whether this is the run of the stored lessons: their numbers are checked for it only."""
+        return self.preset == "quick" and not self.overrides().keys() - {"runs"}
+
+    def describe(self, lesson: int) -> str:
+        """The settings that first matter to `lesson`, one a line: name, value, meaning."""
+        return "\n".join(
+            f"{name:16} {getattr(self, name)!s:22} {field.description}"
+            for name, field in SETTINGS.items()
+            if _told(field)["lesson"] == lesson
+        )
+
+    def phase(self, name: str) -> dict[str, Any]:
+        """What `fit` needs for a phase, "baseline", "sparse" or "finetune": its epochs, lr …"""
         before = "" if name == "baseline" else f"{name}_"
         own = {"epochs": getattr(self, f"{before}epochs"), "lr": getattr(self, f"{before}lr")}
-        return own | {
-            key: getattr(self, key) for key in ("batch_size", "schedule", "weight_decay", "seed")
-        }
+        shared = ("batch_size", "schedule", "weight_decay", "seed")
+        return own | {key: getattr(self, key) for key in shared}
 
-    def up_to(self, lesson):
-        """The settings that lessons 1 to `lesson` depend on: dict; a dataset's path is reduced to its name."""
-        plain = replace(self, dataset=Path(self.dataset).name)
-        return {
-            f.name: getattr(plain, f.name) for f in _settings() if f.metadata["lesson"] <= lesson
-        }
+    def up_to(self, lesson: int) -> dict[str, Any]:
+        """The settings that `lesson` and all it needs depend on; of a path the last name."""
+        found = {name: getattr(self, name) for name in SETTINGS if self.matters(name, lesson)}
+        return found | {"dataset": Path(self.dataset).name} if "dataset" in found else found
 
-    def overrides(self):
-        """What differs from the preset: dict of parameters that make this configuration again from `preset`."""
-        default = asdict(Config(self.preset, **PRESETS[self.preset]))
-        return {k: v for k, v in asdict(self).items() if v != default[k]}
+    def matters(self, name: str, lesson: int) -> bool:
+        """Whether the results of `lesson` depend on the setting called `name`."""
+        if name in ("train_size", "test_size") and self.dataset != "shapes":
+            return False
+        told = _told(SETTINGS[name])
+        chain = {8: 2, 9: 0}.get(lesson, lesson)  # 08 builds on 02, 09 on nothing, 07 on all before
+        return told["lesson"] in (*range(1, chain + 1), lesson) or lesson in told["also"]
+
+    def overrides(self) -> dict[str, Any]:
+        """What differs from the preset: config(cfg.preset, **cfg.overrides()) == cfg."""
+        usual = Config(preset=self.preset, **PRESETS[self.preset])
+        mine = self.model_dump()
+        return {name: value for name, value in mine.items() if value != getattr(usual, name)}
 
 
-PRESETS = {
+SETTINGS = {n: f for n, f in Config.model_fields.items() if n not in ("preset", "runs")}
+
+PRESETS: dict[str, dict[str, Any]] = {
     # shapes on 16×16 pixels: minutes on a CPU; the short runs need a strong λ (see ms.push)
     "quick": dict(
         dataset="shapes",
@@ -159,90 +227,96 @@ PRESETS = {
 }
 
 
-def config(preset="auto", **overrides):
+def config(preset: str = "auto", **overrides: Any) -> Config:
     """The settings of `preset`, with `overrides`; an override of None keeps the preset's value.
 
-    `preset`: "quick" (drawn shapes, minutes on a CPU), "standard" (CIFAR-10), "full" (CIFAR-10, published lengths),
-    or "auto": standard on a GPU, quick elsewhere.
-    Raises ValueError for an unknown preset, an unknown setting (with the nearest name) or a value out of range.
+    `preset`: "quick" (drawn shapes, minutes on a CPU), "standard" (CIFAR-10), "full" (CIFAR-10,
+    published lengths), or "auto": standard on a GPU, quick elsewhere.
+    Raises ValueError for an unknown preset or setting, with the nearest name, or a wrong value.
     """
+    _check_injected()
     if preset == "auto":
-        preset = os.environ.get("MSLIB_PRESET") or (
-            "standard" if torch.cuda.is_available() else "quick"
-        )
-    if preset not in PRESETS:
+        preset = os.environ.get("MSLIB_PRESET") or ("standard" if _on_a_gpu() else "quick")
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}" + nearest(preset, ["auto", *PRESETS]))
-    names = [f.name for f in fields(Config) if f.name != "preset"]
     for name in overrides:
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}" + nearest(name, names))
-    cfg = Config(
-        preset, **(PRESETS[preset] | {k: v for k, v in overrides.items() if v is not None})
-    )
-    _check(cfg)
-    if cfg.dataset not in KNOWN:
-        # a path relative to the course's folder: it means the same in every notebook, and on another machine
-        cfg = replace(cfg, dataset=relative(find_dataset(cfg.dataset)))
-    return cfg
+        if name not in Config.model_fields or name == "preset":
+            raise ValueError(f"unknown setting {name!r}" + nearest(name, [*SETTINGS, "runs"]))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if given.get("dataset") not in (None, *KNOWN) and isinstance(given["dataset"], str | Path):
+        given["dataset"] = os.path.abspath(
+            find_dataset(given["dataset"])
+        )  # means one thing anywhere
+    try:
+        return Config(preset=preset, **PRESETS[preset] | given)
+    except ValidationError as error:
+        raise ValueError(_explain(error.errors()[0])) from None
 
 
-def notebook_config(scope):
-    """The configuration of a notebook: its variables `preset` and those named like a setting. Call with globals().
+def _on_a_gpu() -> bool:
+    import torch
 
-    A parameter that papermill injected and that is no setting is refused, with the nearest name.
-    """
-    names = {f.name for f in fields(Config)} - {"preset"}
-    injected = next((cell for cell in scope.get("In", []) if cell.startswith("# Parameters")), "")
-    given = [
-        line.split("=")[0].strip()
-        for line in injected.splitlines()[1:]
-        if line[:1].isidentifier() and "=" in line
+    return torch.cuda.is_available()
+
+
+def _told(field: FieldInfo) -> dict[str, Any]:
+    assert isinstance(field.json_schema_extra, dict)
+    return field.json_schema_extra
+
+
+def _explain(error: Any) -> str:
+    """One line for an error of pydantic: the setting, its value, what was expected, an example."""
+    name, *inside = error["loc"]
+    field, given = Config.model_fields[name], repr(error["input"])[:60]
+    if inside:
+        return f"{name}: {inside[0]!r}: {given}; expected a share from 0 to below 1, such as 0.5"
+    default = field.get_default(call_default_factory=True)
+    example = f"for example {32 if default is None else default!r}"
+    if error["type"] == "literal_error":
+        return f"{name}={given}" + nearest(error["input"], get_args(field.annotation))
+    if error["type"] == "value_error":
+        return f"{name}={given}: expected {error['ctx']['error']}, {example}"
+    if error["type"].startswith(("greater", "less")):
+        return f"{name}={given}: must be {_bounds(field, error['type'])}, {example}"
+    kinds = {bool: "True or False", str: "a text", float: "a finite number"}
+    kind = "a dict" if name == "layer_reduction" else kinds.get(field.annotation, "a whole number")  # type: ignore[arg-type]
+    return f"{name}={given}: expected {kind}, {example}"
+
+
+def _bounds(field: FieldInfo, broken: str) -> str:
+    """In words what a number must be; an upper bound above 1 only if that is what was broken."""
+    words = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
+    rules = [
+        (key, getattr(rule, key)) for rule in field.metadata for key in words if hasattr(rule, key)
     ]
-    overrides = {
-        name: scope.get(name) for name in [*given, *names] if name != "preset" and name in scope
-    }
-    return config(scope.get("preset", "auto"), **overrides)
+    told = [(key, v) for key, v in rules if key[0] == "g" or v <= 1 or broken.startswith("less")]
+    return " and ".join(words[key].format(value) for key, value in told)
 
 
-def _check(cfg):
-    if not isinstance(cfg.runs, str):
-        raise ValueError(f"runs={cfg.runs!r}: expected the name of a folder, for example 'runs'")
-    usual = Config()
-    for f in _settings():
-        value, default, (low, high, known) = (
-            getattr(cfg, f.name),
-            getattr(usual, f.name),
-            map(f.metadata.get, ("low", "high", "known")),
-        )
-        kinds = {
-            int: int,
-            float: (int, float),
-            str: str,
-            bool: bool,
-            dict: dict,
-            type(None): (int, type(None)),
-        }[type(default)]
-        if not isinstance(value, kinds) or (
-            isinstance(value, bool) and not isinstance(default, bool)
-        ):
-            kind, such = (
-                ("whole number", 32) if default is None else (type(default).__name__, default)
-            )
-            raise ValueError(f"{f.name}={value!r}: expected a {kind}, for example {such!r}")
-        if known and value not in known:
-            raise ValueError(f"{f.name}={value!r}" + nearest(value, known))
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if (value <= 0 if low is None else value < low) or (high and value >= high):
-                wanted = "above 0" if low is None else f"{low} or more"
+def _check_injected() -> None:
+    """In a notebook under papermill: refuse a parameter that its parameter cell does not list.
+
+    papermill only warns of it. It puts the given values into a cell behind the one they replace.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    cells = shell.user_ns.get("In", []) if shell else []
+    for before, cell in itertools.pairwise(cells):
+        if not cell.startswith("# Parameters\n"):
+            continue
+        for name in sorted(_assigned(cell) - _assigned(before)):
+            if name in SETTINGS or name == "runs":
                 raise ValueError(
-                    f"{f.name}={value!r}: must be {wanted}{f' and below {high}' if high else ''}, for example {default!r}"
+                    f"{name!r} is no parameter of this lesson by itself; give it in `overrides`: "
+                    f"papermill … -y 'overrides: {{{name}: …}}'"
                 )
-    for name, share in cfg.layer_reduction.items():
-        if not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise ValueError(
-                f"layer_reduction: {name!r}: {share!r}; a share from 0 to below 1, for example 0.5"
-            )
+            raise ValueError(f"unknown setting {name!r}" + nearest(name, list(SETTINGS)))
 
 
-def _settings():
-    return [f for f in fields(Config) if "lesson" in f.metadata]
+def _assigned(source: str) -> set[str]:
+    """The names that a cell of plain assignments gives a value."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a line of shell or a magic
+        return set()
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}

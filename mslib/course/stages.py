@@ -1,20 +1,24 @@
-"""The lessons as a pipeline: which needs which, where their results lie, and how one runs another."""
+"""The stages of the course: what a finished lesson leaves behind, and how one is recorded."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
+from torch import nn
 
 from ..costs import cost
-from ..data.sources import load_data
-from ..files import ROOT, read_json, read_tensors, write_json
+from ..data.sources import KNOWN, dataset_identity, load_data
+from ..data.tensors import Data
+from ..files import ROOT, is_checkout, read_json, read_tensors, write_json
 from ..networks import load
 from ..pruning.maskfiles import load_masks
 from ..training.loop import evaluate
-from ..training.runs import check_settings, environment, read_history
-from .settings import config
+from ..training.runs import environment, read_history
+from .settings import Config, config
 
-NEEDS = {
+NEEDS: dict[str, tuple[str, ...]] = {
     "00_start_here": (),
     "01_baseline": (),
     "02_global_sparsity": ("01_baseline",),
@@ -26,111 +30,169 @@ NEEDS = {
     "08_method_comparison": ("01_baseline", "02_global_sparsity"),
     "09_your_own_network": (),
 }
-REFERENCE = ROOT / "data" / "reference"
+ROW: dict[str, Any] = {"name": str, "top1": (int, float), "macs": int, "params": int, "epochs": int}
 
 
-class Stage:
-    """What one lesson leaves behind: a folder with one run folder a training, masks, networks and metrics.json.
+class Results:
+    """What one lesson left behind: a folder with a run folder a training, masks and networks.
 
-    metrics.json is written last and marks the stage as finished. The folder can be copied to another machine.
+    Its metrics.json was written last: it marks the lesson as finished. The folder may lie anywhere.
     """
 
-    def __init__(self, lesson, path, settings):
-        self.lesson, self.path, self.settings, self._rows = lesson, Path(path), settings, []
+    def __init__(self, lesson: str, path: str | Path, settings: dict[str, Any]):
+        self.lesson, self.path, self.settings = lesson, Path(path), settings
 
-    def __truediv__(self, name):
+    def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def __str__(self):
+    def __str__(self) -> str:
         m, s = self.metrics, self.settings
-        network, epochs, lr = (
-            s.get(k, s.get(k.removeprefix("own_"))) for k in ("own_network", "own_epochs", "own_lr")
-        )
-        network = network or f"ResNet-{s['depth']}"
+        if "own_network" in s:
+            network, epochs, lr = s["own_network"], s["own_epochs"], s["own_lr"]
+        else:
+            network, epochs, lr = f"ResNet-{s['depth']}", s["epochs"], s["lr"]
         return (
-            f"{self.lesson}: {s['dataset']}, {network}, {epochs} epochs at lr {lr:g}, batch {s['batch_size']}, "
-            f"seed {s['seed']}; measured {m['date']} on {m['hardware']}, torch {m['torch']}"
+            f"{self.lesson}: {s['dataset']}, {network}, {epochs} epochs at lr {lr:g}, "
+            f"batch {s['batch_size']}, seed {s['seed']}; "
+            f"measured {m['date']} on {m['hardware']}, torch {m['torch']}"
         )
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return (self.path / "metrics.json").exists()
 
     @property
-    def metrics(self):
-        return read_json(self.path / "metrics.json")
+    def metrics(self) -> dict[str, Any]:
+        """What the lesson measured. ValueError that names the file if it is damaged."""
+        path = self.path / "metrics.json"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{self.lesson} is not finished in {self.path}; "
+                f"ms.require({self.lesson!r}, cfg) runs it"
+            )
+        remedy = f"delete the whole folder {self.path}, and run the lesson again"
+        try:
+            found = read_json(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {remedy}") from None
+        if wrong := _misshapen(found):
+            raise ValueError(f"{path} does not hold the results of a lesson: {wrong}; {remedy}")
+        return found
 
     @property
-    def rows(self):
-        """One row a measured network: name, top1 (percent, test images), macs, params, epochs of training behind it."""
+    def rows(self) -> pd.DataFrame:
+        """A row a measured network: name, top1 (percent, test images), macs, params, epochs."""
         return pd.DataFrame(self.metrics["rows"])
 
-    def top1(self, name):
+    def top1(self, name: str) -> float:
         """Test top-1 in percent of the row called `name`."""
         return float(self.rows.set_index("name").top1[name])
 
     @property
-    def minutes(self):
+    def minutes(self) -> float:
         """Minutes that the trainings of this stage took, all together."""
         return sum(read_json(path)["seconds"] for path in self.path.glob("*/history.json")) / 60
 
-    def history(self, run):
+    def history(self, run: str) -> pd.DataFrame:
         return read_history(self.path / run)
 
-    def gammas(self, run):
-        """|γ| of every BatchNorm channel before training and after each epoch, float16 [epochs + 1, channels]."""
+    def gammas(self, run: str) -> torch.Tensor:
+        """|γ| of each channel, before training and after every epoch, [epochs + 1, channels]."""
         return read_tensors(self.path / run / "gammas.pt")
 
-    def model(self, name):
-        """A fresh copy of the network that training `name` ended with, or that was saved as <name>.pt."""
+    def model(self, name: str) -> nn.Module:
+        """A new copy of the network that training `name` ended with, or that lies in <name>.pt."""
         run = self.path / name / "model.pt"
         return load(run if run.exists() else self.path / f"{name}.pt")
 
-    def masks(self):
+    def masks(self) -> dict[str, torch.Tensor]:
         return load_masks(self.path / "masks.pt")
 
-    def report(self, name, model, data, epochs):
-        """Measure `model` for the scoreboard, on the test images; `epochs`: all training behind it. Returns top-1."""
+
+class Stage(Results):
+    """Results in the making: `report` and `finish` may be called again, as cells are executed."""
+
+    def __init__(self, lesson: str, path: str | Path, settings: dict[str, Any]):
+        super().__init__(lesson, path, settings)
+        self._reported: dict[str, dict[str, Any]] = {}  # by name: a second report takes the place
+
+    def report(self, name: str, model: nn.Module, data: Data, epochs: int) -> float:
+        """Measure `model` on the test images as the row `name`; `epochs`: all that it was trained.
+
+        Returns its top-1 in percent.
+        """
         price = cost(model, data.example)
-        row = {
-            "name": name,
-            "top1": evaluate(model, data.test),
-            "macs": price.macs,
-            "params": price.params,
-            "epochs": int(epochs),
-        }
-        self._rows.append(row)
-        return row["top1"]
+        top1 = evaluate(model, data.test)
+        row = {"name": name, "top1": top1, "macs": price.macs, "params": price.params}
+        self._reported[name] = row | {"epochs": int(epochs)}
+        return top1
 
-    def finish(self, **extra):
-        """Write metrics.json: the rows reported, `extra`, the settings, and where and when it was measured."""
-        write_json(
-            self.path / "metrics.json",
-            {"rows": self._rows, **extra, "settings": self.settings} | environment(),
-        )
+    def finish(self, **extra: Any) -> None:
+        """Write metrics.json: the rows, `extra`, the settings, where and when it was measured."""
+        rows = list(self._reported.values())
+        measured = {"rows": rows, **extra, "settings": self.settings} | environment()
+        write_json(self.path / "metrics.json", measured)
 
 
-def stage(lesson, cfg):
+def stage(lesson: str, cfg: Config) -> Stage:
     """The stage of `lesson` (such as "01_baseline") for `cfg`.
 
-    Its folder is runs/<preset>/<lesson>, followed by the settings that lesson depends on and that differ from the
-    preset: changing one starts a new folder beside, and leaves every earlier lesson's results in use.
+    Its folder is runs/<preset>/<lesson>, followed by the settings that the lesson depends on and
+    that differ from the preset: changing one starts a new folder, and earlier results stay in use.
+    Raises ValueError for an unknown lesson, or a folder with results of other settings or images.
     """
     if lesson not in NEEDS:
         raise ValueError(f"unknown lesson {lesson!r}; known: {', '.join(NEEDS)}")
-    settings = cfg.up_to(int(lesson[:2]))
-    preset = config(cfg.preset).up_to(int(lesson[:2]))
-    changed = [f"{k}={v}" for k, v in settings.items() if v != preset[k]]
+    number = int(lesson[:2])
+    settings, usual = cfg.up_to(number), config(cfg.preset).up_to(number)
+    changed = [f"{k}={v}" for k, v in settings.items() if v != usual.get(k)]
+    if settings:
+        settings["images"] = dataset_identity(cfg.dataset, cfg.image_size)
+    if cfg.dataset not in KNOWN and settings:
+        changed.append(f"images={settings['images']}")  # two folders may have one name
     name = ",".join([lesson, *changed])
-    if len(name) > 100 or "{" in name:
-        name = f"{lesson},{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # metrics.json has the settings in full
-    path = ROOT / cfg.runs / cfg.preset / name
-    found = Stage(lesson, path, settings)
+    if len(name) > 100 or "{" in name:  # metrics.json has the settings in full
+        name = f"{lesson},{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    found = Stage(lesson, home() / cfg.runs / cfg.preset / name, settings)
     if found.finished:
-        check_settings(path, found.metrics["settings"], settings)
+        have = found.metrics["settings"]
+        differ = [k for k in sorted({*have, *settings}) if have.get(k) != settings.get(k)]
+        if differ:
+            told = ", ".join(f"{k}={have.get(k)!r} (now {settings.get(k)!r})" for k in differ)
+            raise ValueError(
+                f"{found.path} holds a run made with other settings: {told}; give another folder "
+                "by `runs`, or move this one away as a whole"
+            )
     return found
 
 
-def data_of(cfg):
+def home() -> Path:
+    """Where runs/ lies: the checkout of the course, or, without one, the working folder."""
+    return ROOT if is_checkout() else Path.cwd()
+
+
+def needs_checkout(what: str) -> None:
+    """FileNotFoundError that says how to get the lessons, where they are not."""
+    if not is_checkout():
+        raise FileNotFoundError(
+            f"{what} needs the course's notebooks, which the installed package does not hold; "
+            "get them by `git clone https://github.com/mslib-course/mslib`, and run this there"
+        )
+
+
+def data_of(cfg: Config) -> Data:
     """The images of a configuration."""
     return load_data(cfg.dataset, cfg.val, cfg.image_size, (cfg.train_size, cfg.test_size))
+
+
+def _misshapen(metrics: Any) -> str | None:
+    """What is wrong with the content of a metrics.json, or None."""
+    if not isinstance(metrics, dict):
+        return f"it is a {type(metrics).__name__}"
+    for key, kind in {"rows": list, "settings": dict}.items():
+        if not isinstance(metrics.get(key), kind):
+            return f"{key!r} is {str(metrics.get(key))[:40]!r}"
+    for row in metrics["rows"]:
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), t) for k, t in ROW.items()):
+            return f"a row is {str(row)[:60]!r}"
+    return None

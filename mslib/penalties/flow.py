@@ -1,37 +1,51 @@
-"""Feature flow regularization: keep the path of the features through the network short and straight (Wu et al. 2021)."""
+"""Feature flow regularization: keep the features' path through the network short and straight.
 
+Wu et al., arXiv 2106.02914 (2021).
+"""
+
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 
 import torch
 from torch import nn
 
-from .gamma import Penalty
+from .base import Penalty
+
+Features = list[torch.Tensor]  # [N, C, H, W] each
 
 
 class FeatureFlow(Penalty):
-    """k1·Σ mean|x_{l+1} − x_l| + k2·Σ mean|x_{l+1} − 2x_l + x_{l−1}| over consecutive features of equal shape (section 3).
+    """k1·Σ mean|x_{l+1} − x_l| + k2·Σ mean|x_{l+1} − 2x_l + x_{l−1}| (section 3).
 
-    `length`, `curvature`: k1, k2; the means are over images and elements, so that they do not depend on their number.
-    `layers`: names of the modules whose outputs are followed; default: the blocks of a residual network (within a stage,
-    x_{l+1} − x_l is nearly what a block adds), else every ReLU of a plain one.
-
-    The features are taken by hooks that live only while `attached()` is entered, as `fit` does, and only in training
-    mode. Raises ValueError for strengths out of range, unknown layers, and, at the first use, for a network without two
-    consecutive layers of equal shape.
+    Over consecutive features x_l of equal shape; means over images and elements.
+    length, curvature: k1, k2.
+    layers: names of the modules whose outputs are followed; default: the blocks of a residual
+        network (within a stage, x_{l+1} − x_l is nearly what a block adds), else every ReLU.
+    The features are taken by hooks that live only while `attached()` is entered, as `fit` does,
+    and only in training mode. Raises ValueError for strengths out of range, unknown layers, and,
+    at the first use, for a network without two consecutive layers of equal shape.
     """
 
-    def __init__(self, model, length=0.0, curvature=0.0, layers=None):
-        if length < 0 or curvature < 0 or length + curvature == 0:
+    def __init__(
+        self,
+        model: nn.Module,
+        length: float = 0.0,
+        curvature: float = 0.0,
+        layers: Iterable[str] | None = None,
+    ):
+        if not (length >= 0 and curvature >= 0 and 0 < length + curvature < float("inf")):
             raise ValueError(
-                f"length={length}, curvature={curvature}: neither below 0, and one of them above it, such as 1e-2"
+                f"length={length}, curvature={curvature}: neither below 0, and one of them above "
+                "it, such as 1e-2"
             )
-        self.length, self.curvature, self.modules = length, curvature, followed(model, layers)
-        self.chosen = f" ({', '.join(layers)})" if layers else ""
-        self.features = []
+        self.length, self.curvature = float(length), float(curvature)
+        self.model, self.modules = model, followed(model, layers)
+        self.features: Features = []
 
     def __repr__(self):
-        return f"FeatureFlow({len(self.modules)} layers{self.chosen}, length={self.length:g}, curvature={self.curvature:g})"
+        strengths = f"length={self.length:g}, curvature={self.curvature:g}"
+        return f"FeatureFlow({len(self.modules)} layers, {strengths})"
 
     @contextmanager
     def attached(self):
@@ -49,31 +63,50 @@ class FeatureFlow(Penalty):
         features, self.features = self.features, []
         if not features:
             raise ValueError(
-                "FeatureFlow has no features: run the model in training mode inside `with penalty.attached():`"
+                "FeatureFlow has no features: run the model in training mode inside "
+                "`with penalty.attached():`"
             )
-        flows = runs(features)
-        if not flows:
-            shapes = ", ".join(
-                f"{name} {list(x.shape[1:])}" for name, x in zip(self.modules, features)
-            )
+        stretches = runs(features)
+        if not stretches:
+            pairs = zip(self.modules, features)
+            shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in pairs)
             raise ValueError(
-                f"no two consecutive layers of equal shape to follow: {shapes}; choose others by `layers`"
+                f"no two consecutive layers of equal shape to follow: {shapes}; "
+                "choose others by `layers`"
             )
-        length, curvature = map(sum, zip(*map(measure, flows)))
+        length, curvature = map(sum, zip(*map(measure, stretches)))
         return self.length * length + self.curvature * curvature
+
+    def identity(self):
+        return {
+            "penalty": "FeatureFlow",
+            "layers": [*self.modules],
+            "length": self.length,
+            "curvature": self.curvature,
+        }
+
+    def parameters(self):
+        return self.model.parameters()
 
 
 @torch.no_grad()
-def flows(model, images, layers=None):
-    """The features of `images` [N, C, H, W] on their way through `model` in evaluation mode: a list of stretches of equal
-    shape, each a list of tensors on the CPU, one a layer followed. `layers` as in FeatureFlow."""
+def flows(
+    model: nn.Module, images: torch.Tensor, layers: Iterable[str] | None = None
+) -> list[Features]:
+    """The features of `images` [N, C, H, W] on their way through `model` in evaluation mode.
+
+    A list of stretches of equal shape, each a list of tensors on the CPU, one a layer followed.
+    `layers` as in FeatureFlow.
+    """
     features, training = [], model.training
+    device = next(model.parameters()).device
+
+    def keep(module, _, out):
+        features.append(out.to("cpu", copy=True))
+
     try:
-        with _hooked(
-            followed(model, layers),
-            lambda module, _, out: features.append(out.to("cpu", copy=True)),
-        ):
-            model.eval()(images.to(next(model.parameters()).device))
+        with _hooked(followed(model, layers), keep):
+            model.eval()(images.to(device))
     finally:
         model.train(training)
     return runs(features)
@@ -87,40 +120,37 @@ def _hooked(modules, hook):
     return stack
 
 
-def followed(model, layers=None):
+def followed(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, nn.Module]:
     """The modules whose outputs make the flow, by name, in order (see FeatureFlow)."""
     modules = dict(model.named_modules())
     if layers is None:
-        blocks = [
-            n for n, m in modules.items() if n and not isinstance(m, nn.Sequential) and _is_block(m)
-        ]
+        blocks = [n for n, m in modules.items() if n and _is_block(m)]
         layers = blocks or [n for n, m in modules.items() if isinstance(m, nn.ReLU)]
+    layers = list(layers)
     unknown = [n for n in layers if n not in modules]
     if unknown or not layers:
-        raise ValueError(
-            f"no layers to follow: {', '.join(unknown) or 'the network has neither blocks nor ReLUs'}"
-        )
+        what = ", ".join(unknown) or "the network has neither blocks nor ReLUs"
+        raise ValueError(f"no layers to follow: {what}")
     return {n: modules[n] for n in layers}
 
 
 def _is_block(module):
     """Whether convolutions and BatchNorms are among its own children."""
-    return all(
-        any(isinstance(child, kind) for child in module.children())
-        for kind in (nn.Conv2d, nn.BatchNorm2d)
-    )
+    children = list(module.children())
+    conv = any(isinstance(child, nn.Conv2d) for child in children)
+    norm = any(isinstance(child, nn.BatchNorm2d) for child in children)
+    return conv and norm and not isinstance(module, nn.Sequential)
 
 
-def runs(features):
+def runs(features: Features) -> list[Features]:
     """Cut a list of tensors into stretches of two and more with the same shape."""
-    stretches = (list(same) for _, same in groupby(features, lambda x: x.shape))
+    stretches = [list(same) for _, same in groupby(features, lambda x: x.shape)]
     return [s for s in stretches if len(s) > 1]
 
 
-def measure(flow):
-    """Length and total absolute curvature of one stretch: Σ mean|x_{l+1} − x_l|, Σ mean|x_{l+1} − 2x_l + x_{l−1}|."""
+def measure(flow: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ mean|x_{l+1} − x_l| and Σ mean|x_{l+1} − 2x_l + x_{l−1}| of one stretch."""
     steps = [b.float() - a.float() for a, b in zip(flow, flow[1:])]
     bends = [b - a for a, b in zip(steps, steps[1:])]
-    return sum(s.abs().mean() for s in steps), sum(
-        (b.abs().mean() for b in bends), torch.zeros((), device=flow[0].device)
-    )
+    zero = torch.zeros((), device=flow[0].device)
+    return sum((s.abs().mean() for s in steps), zero), sum((b.abs().mean() for b in bends), zero)

@@ -1,135 +1,37 @@
-"""Sparsity penalties: callables without arguments that return one scalar loss term."""
-
-from contextlib import ExitStack, contextmanager
+"""Penalties on γ, the scale of each BatchNorm channel: Network Slimming and MaskSparsity."""
 
 import torch
+from torch import nn
 
-from ..pruning.channels import as_graph
-from ..pruning.maskfiles import fingerprint
-from ..pruning.masks import check_mask
-from ..training.loop import MOMENTUM, learning_rates
-
-
-class Penalty:
-    """What `fit` does with a penalty beside adding its value to the loss. `a + b` is the penalty that does both."""
-
-    def step(self, iteration):
-        """Called before each iteration."""
-
-    def proximal_step(self, lr):
-        """Called after each optimizer step, with lr / (1 - momentum): the step size that a lasting gradient has."""
-
-    @contextmanager
-    def attached(self):
-        """Entered while training, left at its end and when it is interrupted: the place for hooks."""
-        yield self
-
-    def state_dict(self):
-        """What changes while training: kept in checkpoints and with the finished run."""
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-    def __add__(self, other):
-        return Sum(self, other)
-
-
-class Sum(Penalty):
-    """Several penalties as one."""
-
-    def __init__(self, *parts):
-        self.parts = [q for p in parts for q in (p.parts if isinstance(p, Sum) else [p])]
-        for part in self.parts:
-            if not isinstance(part, Penalty):
-                raise TypeError(
-                    f"{part!r} is no ms.Penalty, and cannot be added to one; give its class that base"
-                )
-
-    def __repr__(self):
-        return " + ".join(map(repr, self.parts))
-
-    def __call__(self):
-        return sum(part() for part in self.parts)
-
-    def step(self, iteration):
-        for part in self.parts:
-            part.step(iteration)
-
-    def proximal_step(self, lr):
-        for part in self.parts:
-            part.proximal_step(lr)
-
-    @contextmanager
-    def attached(self):
-        with ExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.attached())
-            yield self
-
-    def state_dict(self):
-        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
-
-    def load_state_dict(self, state):
-        for i, part in enumerate(self.parts):
-            part.load_state_dict(state[str(i)])
-
-
-class HoldZero(Penalty):
-    """No penalty: sets the weights that `masks` drops to zero, now and after each step of a training (fine-tuning).
-
-    masks: dict[layer name -> BoolTensor shaped like its weight], True = keep, as `masks_for_ratio` makes of weights.
-    """
-
-    def __init__(self, model, masks):
-        modules = dict(model.named_modules())
-        for name, keep in masks.items():
-            weight = getattr(modules.get(name), "weight", None)
-            if weight is None or weight.shape != keep.shape:
-                shape = "no such layer" if weight is None else f"its weight is {list(weight.shape)}"
-                raise ValueError(f"mask for {name!r} has shape {list(keep.shape)}; {shape}")
-        self.masks, self.weights = (
-            masks,
-            [(modules[name].weight, keep) for name, keep in masks.items()],
-        )
-        self.proximal_step(0)
-
-    def __repr__(self):
-        zeros = sum(int((~keep).sum()) for keep in self.masks.values())
-        return f"HoldZero({zeros} weights {fingerprint(self.masks)})"
-
-    def __call__(self):
-        return torch.zeros(())
-
-    @torch.no_grad()
-    def proximal_step(self, lr):
-        for i, (weight, keep) in enumerate(self.weights):
-            self.weights[i] = weight, keep.to(weight.device)  # moved once
-            weight *= self.weights[i][1]
+from ..files import digest
+from ..networks import batch_norms
+from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.masks import Masks, check_shapes
+from ..pruning.scores import gammas
+from ..training.schedules import MOMENTUM, learning_rates
+from .base import Penalty
 
 
 class _GammaL1(Penalty):
-    """λ·Σ|γ| over chosen channels: by its subgradient λ·sign(γ), or (proximal) by soft-thresholding after each step."""
+    """λ·Σ|γ| over chosen channels: by its subgradient λ·sign(γ), or by soft-thresholding."""
 
     def __init__(self, model, chosen, strength, proximal):
         """`chosen`: dict[BatchNorm name -> BoolTensor[channels]], True = penalized."""
-        if not strength > 0:
-            raise ValueError(f"strength {strength}: λ must be above 0, for example 1e-4")
+        if not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
+            raise ValueError(f"strength {strength}: λ is a number above 0, for example 1e-4")
         if not chosen:
             raise ValueError(
-                f"{type(model).__name__}: no BatchNorm to penalize; ms.channel_groups(model) says which are prunable"
+                f"{type(model).__name__}: no BatchNorm to penalize; "
+                "ms.channel_groups(model, example) says which are prunable"
             )
         self.strength, self.proximal, self.chosen = float(strength), proximal, chosen
         self.gammas = [model.get_submodule(name).weight for name in chosen]
-        self.penalized = torch.cat([c.cpu() for c in chosen.values()])
+        self.penalized = torch.cat([c.cpu() for c in chosen.values()])  # bool [channels]
 
     def __repr__(self):
         step = ", proximal" if self.proximal else ""
-        channels = sum(int(c.sum()) for c in self.chosen.values())
-        which = "" if all(c.all() for c in self.chosen.values()) else f" {fingerprint(self.chosen)}"
-        return (
-            f"{type(self).__name__}({channels} channels{which}, strength={self.strength:g}{step})"
-        )
+        channels = int(self.penalized.sum())
+        return f"{type(self).__name__}({channels} channels, strength={self.strength:g}{step})"
 
     def __call__(self):
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
@@ -139,52 +41,73 @@ class _GammaL1(Penalty):
 
     @torch.no_grad()
     def proximal_step(self, lr):
-        """Soft-threshold the penalized γ by lr·λ: γ <- sign(γ)·max(|γ| - lr·λ, 0), exact zeros included.
+        """Soft-threshold the penalized γ by lr·λ: γ <- sign(γ)·max(|γ| - lr·λ, 0).
 
-        `fit` passes lr / (1 - momentum), so that a strength means the same push as with the subgradient.
+        `fit` passes lr / (1 - momentum), so that λ means the same push as with the subgradient.
         """
-        if self.proximal:
-            for gamma, chosen in zip(
-                self.gammas, self.penalized.split([len(g) for g in self.gammas])
-            ):
-                gamma.copy_(
-                    gamma.sign()
-                    * (gamma.abs() - lr * self.strength * chosen.to(gamma.device)).clamp_min_(0)
-                )
+        if not self.proximal:
+            return
+        for gamma, chosen in zip(self.gammas, self.chosen.values()):
+            threshold = lr * self.strength * chosen.to(gamma.device)  # [channels], 0 where kept
+            gamma.copy_(gamma.sign() * (gamma.abs() - threshold).clamp_min_(0))
+
+    def identity(self):
+        return {
+            "penalty": type(self).__name__,
+            "channels": digest(self.chosen.items()),
+            "strength": self.strength,
+            "proximal": self.proximal,
+        }
+
+    def parameters(self):
+        return self.gammas
 
 
 class GlobalL1(_GammaL1):
-    """λ·Σ|γ| over every prunable channel (Network Slimming, Liu et al. 2017; MaskSparsity, section 3.1).
+    """λ·Σ|γ| over every prunable channel (Network Slimming; MaskSparsity, section 3.1).
 
-    residual: include the channels that the blocks of a stage share, not only the inner ones.
+    model: a network, with an `example` float [N, C, H, W]; or its `ChannelGraph`, without one.
+    strength: λ. residual: include the channels that the blocks of a stage share.
     proximal: exact zeros by soft-thresholding instead of the subgradient (not in the papers).
+    keep: names of layers to leave alone.
+    Raises ValueError for λ not above 0, or where no channel can be cut.
     """
 
-    def __init__(self, model, example, strength, residual=False, proximal=False, keep=()):
-        names = as_graph(model, example).prunable_norms(residual)
-        super().__init__(
-            model,
-            {n: torch.ones_like(model.get_submodule(n).weight, dtype=torch.bool) for n in names},
-            strength,
-            proximal,
-        )
+    def __init__(
+        self,
+        model: nn.Module | ChannelGraph,
+        example: torch.Tensor | None = None,
+        strength: float | None = None,
+        residual: bool = False,
+        proximal: bool = False,
+        keep: tuple[str, ...] = (),
+    ):
+        graph = as_graph(model, example)
+        names = gammas(graph, residual=residual, keep=keep)
+        chosen = {name: torch.ones(len(g), dtype=torch.bool) for name, g in names.items()}
+        super().__init__(graph.model, chosen, strength, proximal)
 
 
 class MaskedL1(_GammaL1):
     """λ·Σ|γ| over the channels that `masks` drops, and no others (MaskSparsity, section 3.3).
 
-    masks: dict[BatchNorm name -> BoolTensor[channels]], True = keep. Raises ValueError where they do not fit `model`.
+    masks: dict[BatchNorm name -> BoolTensor[channels]], True = keep. strength: λ.
     proximal: exact zeros by soft-thresholding instead of the subgradient (not in the paper).
+    Raises ValueError for λ not above 0, or masks that do not fit `model` or drop nothing.
     """
 
-    def __init__(self, model, masks, strength, proximal=False):
-        [check_mask(n, m, len(model.get_submodule(n).weight)) for n, m in masks.items()]
-        super().__init__(model, {name: ~keep for name, keep in masks.items()}, strength, proximal)
+    def __init__(self, model: nn.Module, masks: Masks, strength: float, proximal: bool = False):
+        check_shapes(
+            masks, {n: m.weight.shape for n, m in batch_norms(model)}, "BatchNorm with a γ"
+        )
+        if all(mask.all() for mask in masks.values()):
+            raise ValueError("the masks keep every channel: there is nothing to penalize")
+        super().__init__(model, {n: ~keep for n, keep in masks.items()}, strength, proximal)
 
 
-def push(strength, lr, steps, schedule="onecycle"):
+def push(strength: float, lr: float, steps: int, schedule: str = "onecycle") -> float:
     """How far λ can move one γ in a run of `steps` iterations: Σ lr·λ / (1 - momentum).
 
-    γ starts near 0.5 to 1: a run whose push is well below that cannot drive channels to zero, whatever λ is.
+    γ starts near 0.5 to 1. A run whose push is well below that cannot drive channels to zero.
     """
     return float(learning_rates(lr, steps, schedule).sum()) * strength / (1 - MOMENTUM)

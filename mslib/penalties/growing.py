@@ -1,103 +1,100 @@
-"""Growing regularization: an L2 penalty whose factor grows, filter by filter (GReg-1, GReg-2; Wang et al., ICLR 2021)."""
+"""Growing regularization: an L2 penalty whose factor grows, filter by filter (GReg-1, GReg-2).
+
+Wang et al., ICLR 2021, arXiv 2012.09243.
+"""
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ..pruning.channels import as_graph
-from ..pruning.maskfiles import fingerprint
-from ..pruning.masks import check_masks, masks_for_ratio
-from ..training.loop import MOMENTUM
-from .gamma import Penalty
+from ..files import digest
+from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.masks import Masks, check_shapes, masks_for_ratio
+from ..training.schedules import MOMENTUM
+from .base import Penalty
+
+SETTINGS = [
+    "reduction",
+    "delta",
+    "every",
+    "ceiling",
+    "start",
+    "enough",
+    "pick_delta",
+    "pick_ceiling",
+    "kept",
+]
+STATE = ("factors", "masks", "ratios", "held", "rows", "seen")
 
 
 class GrowingL2(Penalty):
-    """½·Σ r·‖W‖² with a factor r of its own for each filter (or each weight), which grows while the network trains.
+    """½·Σ r·‖W‖² with a factor r for each filter (or each weight), which grows while training.
 
     Give one of the two:
-    `masks` (GReg-1, section 3.2): what is to go is known. Every `every` iterations r of the dropped filters grows by
-    `delta`, layer by layer, until it is above `ceiling` or the kept filters are `enough` times as large as the dropped
-    ones; then it is held. `start=ceiling` is the one-shot counterpart: full strength from the first iteration.
-    `reduction` (GReg-2, section 3.3): r of *all* filters grows by `pick_delta` until it is `pick_ceiling`: filters in
-    flat directions of the loss shrink faster. The smallest are then picked as in `masks_for_ratio`, and pushed as in
-    GReg-1; the kept ones get the constant factor `kept` (0, or -1e-4 as in the released code, to let them recover).
+    masks (GReg-1, section 3.2): what is to go is known. Every `every` iterations r of the dropped
+        filters grows by `delta`, layer by layer, until it is above `ceiling` or the kept filters
+        are `enough` times as large as the dropped ones; then it is held. `start=ceiling` is full
+        strength from the first iteration.
+    reduction (GReg-2, section 3.3): r of *all* filters grows by `pick_delta` until it is
+        `pick_ceiling`: filters in flat directions of the loss shrink faster. The smallest are then
+        picked as in `masks_for_ratio` and pushed as in GReg-1; the kept ones get the constant
+        factor `kept` (0, or -1e-4 as in the released code, to let them recover).
 
-    Masks of channels (by BatchNorm name) stand for the filters that write them; masks of weights (by convolution, shaped
-    like its weights) for single weights. `unstructured`: let GReg-2 pick single weights.
-    Defaults are the released settings for CIFAR but for `kept`, made for 100,000 iterations: a short run needs a larger `delta`.
+    Masks of channels (by BatchNorm name) stand for the filters that write them; masks of weights
+    (by convolution, shaped like its weights) for single weights; `unstructured`: GReg-2 picks them.
+    The defaults are the released settings for CIFAR but for `kept`, made for 100,000 iterations: a
+    short run needs a larger `delta`, see `pace`.
 
-    `masks` (None before GReg-2 has picked), `history`: a row an update; `magnitudes()`: of every filter.
-    All are part of `state_dict`, and kept with a run.
+    Attributes, all kept with a run: `masks` (None before GReg-2 has picked), `factors`, `history`
+    (a row an update), `magnitudes()` of every filter.
     Raises ValueError for settings out of range, or masks that do not fit the network.
     """
 
     def __init__(
         self,
-        model,
-        example,
-        masks=None,
+        model: nn.Module | ChannelGraph,
+        example: torch.Tensor | None = None,
+        masks: Masks | None = None,
         *,
-        reduction=None,
-        unstructured=False,
-        delta=1e-4,
-        every=10,
-        ceiling=1.0,
-        start=0.0,
-        enough=1000.0,
-        pick_delta=1e-5,
-        pick_ceiling=1e-2,
-        kept=0.0,
+        reduction: float | dict[str, float] | None = None,
+        unstructured: bool = False,
+        delta: float = 1e-4,
+        every: int = 10,
+        ceiling: float = 1.0,
+        start: float = 0.0,
+        enough: float = 1000.0,
+        pick_delta: float = 1e-5,
+        pick_ceiling: float = 1e-2,
+        kept: float = 0.0,
     ):
-        if (masks is None) == (reduction is None):
-            raise ValueError(
-                "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on the way)"
-            )
-        for name, value in {
-            "delta": delta,
-            "every": every,
-            "ceiling": ceiling,
-            "enough": enough,
-            "pick_delta": pick_delta,
-            "pick_ceiling": pick_ceiling,
-        }.items():
-            if not value > 0:
-                raise ValueError(f"{name}={value}: it must be above 0")
-        name, first = ("start", start) if reduction is None else ("pick_ceiling", pick_ceiling)
-        if not 0 <= first <= ceiling:
-            raise ValueError(f"{name}={first}: it lies between 0 and ceiling={ceiling}")
-        self.settings = {
-            "reduction": reduction,
-            "delta": delta,
-            "every": every,
-            "ceiling": ceiling,
-            "start": start,
-            "enough": enough,
-            "pick_delta": pick_delta,
-            "pick_ceiling": pick_ceiling,
-            "kept": kept,
-        }
+        given = locals()
+        self.settings = {name: given[name] for name in SETTINGS}
+        _check(self.settings, masks)
         self.graph, self.masks = as_graph(model, example), masks
         self.weights = _weights(self.graph, masks, unstructured)  # mask name -> parameter
-        self.units = {
-            name: w.shape if unstructured or masks and masks[name].ndim > 1 else w.shape[:1]
-            for name, w in self.weights.items()
-        }
-        if reduction is not None:
-            masks_for_ratio(
-                self.graph, None, reduction, self.scores()
-            )  # refuses a bad reduction now, not in an hour
+        self.units = {}  # mask name -> shape of what has a factor of its own
+        for name, w in self.weights.items():
+            single = unstructured or masks is not None and masks[name].ndim > 1
+            self.units[name] = w.shape if single else w.shape[:1]
+        if reduction is not None:  # refuses a bad reduction now, not in an hour
+            masks_for_ratio(self.graph, None, reduction, self.scores())
         self.factors = {name: torch.zeros(shape) for name, shape in self.units.items()}
-        self.ratios, self.held, self.rows, self.seen = {}, {}, [], []
-        if masks is not None:
-            for name, keep in masks.items():
-                self.factors[name][~keep.cpu()] = start
+        for name, keep in (masks or {}).items():
+            self.factors[name][~keep.cpu()] = start
+        self.ratios: dict[str, float] = {}  # mask name -> kept over dropped, smoothed
+        self.held: dict[str, bool] = {}
+        self.rows: list[dict] = []
+        self.seen: list[torch.Tensor] = []
 
     @staticmethod
-    def pace(rates, ceiling=1.0, every=10, exponent=None):
-        """Settings of this class that fit a run of learning rates `rates` (float [iterations]), where the released are too slow.
+    def pace(
+        rates: torch.Tensor, ceiling: float = 1.0, every: int = 10, exponent: float | None = None
+    ) -> dict[str, float]:
+        """Settings for a short run, of learning rates `rates`, float [iterations].
 
-        r grows to `ceiling` in 60 % of the run and is held for the rest. `exponent`: for GReg-2, which judges in the first
-        third of the growing: there the common factor shrinks a weight that nothing holds to about exp(-exponent). A dict.
+        r grows to `ceiling` in 60 % of the run and is held for the rest. `exponent`: for GReg-2,
+        which judges in the first third of the growing: there the common factor shrinks a weight
+        that nothing holds to about exp(-exponent).
         """
         if exponent is not None and not exponent > 0:
             raise ValueError(f"exponent={exponent}: it must be above 0, for example 4")
@@ -105,9 +102,7 @@ class GrowingL2(Penalty):
         if exponent is None:
             return {"every": every, "delta": ceiling / updates, "ceiling": ceiling}
         judging = max(1, updates // 3)
-        pull = rates[: judging * every] / (
-            1 - MOMENTUM
-        )  # what r = 1 takes off log |W|, iteration by iteration
+        pull = rates[: judging * every] / (1 - MOMENTUM)  # what r = 1 takes off log |W|, each time
         common = min(ceiling, exponent / float((pull * torch.linspace(0, 1, len(pull))).sum()))
         return {
             "every": every,
@@ -119,30 +114,28 @@ class GrowingL2(Penalty):
 
     def __repr__(self):
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
-        goes = (
-            ""
-            if self.masks is None
-            else f"{sum(int((~m).sum()) for m in self.masks.values())} to go {fingerprint(self.masks)}, "
-        )
         what = "filters" if all(len(u) == 1 for u in self.units.values()) else "weights"
-        return f"GrowingL2({sum(u.numel() for u in self.units.values())} {what}, {goes}{given})"
+        number = sum(shape.numel() for shape in self.units.values())
+        return f"GrowingL2({number} {what}, {given})"
 
     @property
-    def layers(self):
+    def layers(self) -> list[str]:
+        """Names of the masks, in order."""
         return list(self.weights)
 
     @property
-    def history(self):
-        """iteration, factor (the largest), mean |W| of the kept and of the dropped (before a pick: of the smallest), picked."""
+    def history(self) -> pd.DataFrame:
+        """iteration, factor (the largest), kept and dropped (mean |W|; before a pick, of those that
+        would be), picked."""
         return pd.DataFrame(self.rows)
 
-    def magnitudes(self, layer=None):
-        """Mean |W| of every filter, of one layer or of all of them in the order of `layers`: float [updates, filters]."""
+    def magnitudes(self, layer: str | None = None) -> torch.Tensor:
+        """Mean |W| of every filter, of one layer or all `layers`: float [updates, filters]."""
         sizes = [len(w) for w in self.weights.values()]
         parts = torch.stack(self.seen).float().split(sizes, 1)
         return torch.cat(parts, 1) if layer is None else parts[self.layers.index(layer)]
 
-    def scores(self):
+    def scores(self) -> dict[str, torch.Tensor]:
         """Mean |W| of each filter, or |W| of each weight: dict like the masks, on the CPU."""
         return {name: _size(w, self.units[name]).cpu() for name, w in self.weights.items()}
 
@@ -150,20 +143,18 @@ class GrowingL2(Penalty):
         total = 0
         for name, w in self.weights.items():
             factor = self.factors[name] = self.factors[name].to(w.device)
-            total = (
-                total + (factor.reshape(factor.shape + (1,) * (w.ndim - factor.ndim)) * w**2).sum()
-            )
+            spread = factor.reshape(factor.shape + (1,) * (w.ndim - factor.ndim))  # like w
+            total = total + (spread * w**2).sum()
         return total / 2
 
     @torch.no_grad()
     def step(self, iteration):
-        """Let the factors grow, every `every` iterations; to be called before each iteration, as `fit` does."""
+        """Let the factors grow, every `every` iterations; called before each iteration."""
         s = self.settings
         if iteration % s["every"]:
             return
-        sizes = {
-            name: _size(w, self.units[name]) for name, w in self.weights.items()
-        }  # these and `there` on the weights' device
+        # sizes and masks on the weights' device
+        sizes = {name: _size(w, self.units[name]) for name, w in self.weights.items()}
         masks = self.masks or masks_for_ratio(
             self.graph, None, s["reduction"], {name: size.cpu() for name, size in sizes.items()}
         )
@@ -185,71 +176,78 @@ class GrowingL2(Penalty):
         if keep.all():
             self.held[name] = True
             return
-        self.factors[name] = self.factors[name].to(keep.device)
-        self.factors[name][~keep] += s["delta"]
+        factor = self.factors[name] = self.factors[name].to(keep.device)
+        factor[~keep] += s["delta"]
         ratio = float(size[keep].mean() / size[~keep].mean().clamp(min=1e-30))
-        self.ratios[name] = (
-            0.9 * self.ratios[name] + 0.1 * ratio if name in self.ratios else ratio
-        )  # as released
-        if self.ratios[name] >= s["enough"] or float(self.factors[name].max()) > s["ceiling"]:
+        if name in self.ratios:  # smoothed, as in the released code
+            ratio = 0.9 * self.ratios[name] + 0.1 * ratio
+        self.ratios[name] = ratio
+        if ratio >= s["enough"] or float(factor.max()) > s["ceiling"]:
             self.held[name] = True
 
     def _remember(self, iteration, sizes, masks):
-        kept = torch.cat([sizes[n][masks[n]] for n in sizes]).mean()
-        dropped = torch.cat([sizes[n][~masks[n]] for n in sizes]).mean()
-        factor = max(float(f.max()) for f in self.factors.values())
-        self.rows.append(
-            {
-                "iteration": iteration,
-                "factor": factor,
-                "kept": float(kept),
-                "dropped": float(dropped),
-                "picked": self.masks is not None,
-            }
-        )
-        self.seen.append(
-            torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()]).half().cpu()
-        )
+        row = {
+            "iteration": iteration,
+            "factor": max(float(f.max()) for f in self.factors.values()),
+            "kept": float(torch.cat([sizes[n][masks[n]] for n in sizes]).mean()),
+            "dropped": float(torch.cat([sizes[n][~masks[n]] for n in sizes]).mean()),
+            "picked": self.masks is not None,
+        }
+        filters = torch.cat([_size(w, w.shape[:1]) for w in self.weights.values()])
+        self.rows.append(row)
+        self.seen.append(filters.half().cpu())
 
     def state_dict(self):
-        return {
-            "factors": {n: f.cpu() for n, f in self.factors.items()},
-            "masks": self.masks,
-            "ratios": self.ratios,
-            "held": self.held,
-            "rows": self.rows,
-            "seen": self.seen,
-        }
+        state = {key: getattr(self, key) for key in STATE}
+        return state | {"factors": {n: f.cpu() for n, f in self.factors.items()}}
 
     def load_state_dict(self, state):
-        for key, value in state.items():
-            setattr(self, key, value)
+        for key in STATE:
+            setattr(self, key, state[key])
+
+    def identity(self):
+        masks = self.masks and digest(self.masks.items())
+        now = {"factors": digest(self.factors.items()), "ratios": self.ratios, "held": [*self.held]}
+        return {"penalty": "GrowingL2", "masks": masks} | self.settings | now
+
+    def parameters(self):
+        return self.weights.values()
+
+
+def _check(settings, masks):
+    if (masks is None) == (settings["reduction"] is None):
+        raise ValueError(
+            "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on "
+            "the way)"
+        )
+    for name in ("delta", "every", "ceiling", "enough", "pick_delta", "pick_ceiling"):
+        if not settings[name] > 0:
+            raise ValueError(f"{name}={settings[name]}: it must be above 0")
+    first = "pick_ceiling" if masks is None else "start"
+    if not 0 <= settings[first] <= settings["ceiling"]:
+        between = f"it lies between 0 and ceiling={settings['ceiling']}"
+        raise ValueError(f"{first}={settings[first]}: {between}")
 
 
 def _size(w, unit):
+    """Mean |W| of each filter, or |W|: float, of shape `unit`."""
     w = w.detach().abs().float()
     return w if len(unit) > 1 else w.flatten(1).mean(1)
 
 
 def _weights(graph, masks, unstructured):
     """Mask name -> the convolution's weight that it speaks of."""
-    modules, writer = graph.modules, graph.conv_before
+    convs = {n: m.weight for n, m in graph.modules.items() if isinstance(m, nn.Conv2d)}
+    written = {n: convs[c] for n, c in graph.conv_before.items() if c in convs}
     if masks is None and unstructured:
-        masks = {n: None for n, m in modules.items() if isinstance(m, nn.Conv2d)}
-    elif masks is None:
-        masks = dict.fromkeys(n for n in graph.prunable_norms() if n in writer)
-    else:
-        check_masks(graph, {n: m for n, m in masks.items() if m.ndim == 1})
-    found = {}
-    for name, mask in masks.items():
-        conv = name if isinstance(modules.get(name), nn.Conv2d) else writer.get(name)
-        if conv is None:
+        return convs
+    if masks is None:
+        return {n: written[n] for n in graph.prunable_norms() if n in written}
+    shapes = {n: w.shape for n, w in convs.items()} | {n: w.shape[:1] for n, w in written.items()}
+    check_shapes(masks, shapes, "convolution, or BatchNorm right behind one")
+    for name, keep in masks.items():
+        if name in written and not keep.all() and graph.reason(name):
             raise ValueError(
-                f"mask for {name!r}: no convolution of that name, and none right before such a BatchNorm"
+                f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}"
             )
-        if mask is not None and mask.ndim > 1 and mask.shape != modules[conv].weight.shape:
-            raise ValueError(
-                f"mask for {name!r} has shape {list(mask.shape)}; its weights {list(modules[conv].weight.shape)}"
-            )
-        found[name] = modules[conv].weight
-    return found
+    return {name: convs[name] if name in convs else written[name] for name in masks}

@@ -7,7 +7,7 @@ root go together or stay together.
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -279,7 +279,7 @@ class ChannelGraph:
         return [name for name, left in lefts if not left]
 
 
-Network = nn.Module | ChannelGraph  # a model, to be given with an example, or its graph
+Network: TypeAlias = nn.Module | ChannelGraph  # a model, to be given with an example, or its graph
 
 
 def as_graph(model: Network, example: Any = None) -> ChannelGraph:

@@ -122,10 +122,13 @@ class Weight:
 
     def view(self, data: torch.Tensor) -> "Weight":
         """The weight that an operation made of this one, with its numbers."""
-        turned = False
-        if self.data.ndim == 2 and data.ndim > 1 and not any(data.stride()[:-2]):
-            matrix = self.data if self.transposed else self.data.T
-            turned = matrix.shape == data.shape[-2:] and matrix.stride() == data.stride()[-2:]
+        # Transposed is also a batch of the transposed matrix, expanded without being copied.
+        matrix = self.data if self.transposed else self.data.T if self.data.ndim == 2 else None
+        turned = matrix is not None and data.ndim > 1 and not any(data.stride()[:-2])
+        if turned and matrix is not None:
+            turned = (
+                data.shape[-2:] == matrix.shape[-2:] and data.stride()[-2:] == matrix.stride()[-2:]
+            )
         return Weight(self.name, data, self.axis, True, turned)
 
     def numbers(self) -> torch.Tensor:

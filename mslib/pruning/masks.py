@@ -147,39 +147,38 @@ def masks_for_ratio(
 def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
     """What goes, as `graph.dropped` says. ValueError that names the layer where `masks` do not fit
     the graph's network."""
-    if not isinstance(masks, dict):
-        raise ValueError(
-            f"masks are a {type(masks).__name__}; expected a dict[BatchNorm module name -> bool "
-            "tensor], such as masks_for_macs returns"
-        )
+    check_shapes(masks, {name: ids.shape for name, ids in graph.norms.items()}, "BatchNorm")
     for name, mask in masks.items():
-        if name not in graph.norms:
-            raise ValueError(
-                f"mask for {name!r}: the network has no such BatchNorm{nearest(name, graph.norms)}"
-            )
-        check_mask(name, mask, len(graph.norms[name]))
         if not mask.all() and graph.reason(name):
-            raise ValueError(
-                f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}"
-            )
+            why = graph.reason(name)
+            raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {why}")
     drop = graph.dropped(masks)
     for empty in graph.emptied(drop):
         raise ValueError(f"the masks keep no channel of {empty!r}: {ONE}")
     return drop
 
 
-def check_mask(name: str, mask: torch.Tensor, channels: int) -> None:
-    """ValueError if `mask`, of the BatchNorm `name`, is not a bool for each of its `channels`, or
-    keeps none of them."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"mask for {name!r} is {kind}; expected a bool tensor, True = keep")
-    if tuple(mask.shape) != (channels,):
+def check_shapes(masks: Masks, shapes: dict[str, torch.Size], kind: str) -> None:
+    """ValueError unless `masks` are a dict of bool tensors, of the names and `shapes` given.
+
+    kind: what has these names, for the message.
+    """
+    if not isinstance(masks, dict):
         raise ValueError(
-            f"mask for {name!r} has shape {list(mask.shape)}; the layer has {channels} channels"
+            f"masks are a {type(masks).__name__}; expected a dict of layer name -> bool tensor, "
+            "True = keep, such as ms.masks_for_macs returns"
         )
-    if not mask.any():
-        raise ValueError(f"mask for {name!r} keeps no channel: {ONE}")
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise ValueError(f"mask for {name!r}: no such {kind}{nearest(name, shapes)}")
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"mask for {name!r} is {found}; expected a bool tensor, True = keep")
+        if mask.shape != shapes[name]:
+            found, wanted = list(mask.shape), list(shapes[name])
+            raise ValueError(f"mask for {name!r} has shape {found}; the layer has {wanted}")
+        if not mask.any():
+            raise ValueError(f"mask for {name!r} keeps no channel: {ONE}")
 
 
 def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) -> int:

@@ -74,24 +74,24 @@ def outgoing_norms(
     graph = as_graph(model, example)
     total = torch.zeros(len(graph.root))
     for name, ids in graph.inputs.items():
-        if name not in graph.modules:  # a weight that its module uses by a function
-            continue
-        weight = _size(graph.modules[name].weight)
-        if isinstance(
-            graph.modules[name], nn.modules.conv._ConvTransposeNd
-        ):  # [in, out / groups, …]
-            total.index_add_(0, graph.root[ids], weight.flatten(2).sum(2).mean(1))
-            continue
-        size = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # [outputs, channels read]
-        if name in graph.norm_after:
-            size = size * _passes(graph.modules[graph.norm_after[name]])[:, None]
-        groups = len(ids) // size.shape[1]
-        size = size.reshape(groups, -1, size.shape[1]).sum(1).flatten() / len(
-            size
-        )  # [channels read]
-        total.index_add_(0, graph.root[ids], size)
+        if name in graph.modules:  # not a weight that its module uses by a function
+            norm = graph.norm_after.get(name)
+            sent = _sent(graph.modules[name], graph.modules[norm] if norm else None)
+            total.index_add_(0, graph.root[ids], sent)
     found = gammas(graph, None, residual, keep)
     return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}
+
+
+def _sent(layer: Any, norm: Any) -> torch.Tensor:
+    """What a layer, and the BatchNorm behind it, make of each channel read: float [channels]."""
+    size = _size(layer.weight)
+    size = size.flatten(2).sum(2) if size.ndim > 2 else size
+    groups = getattr(layer, "groups", 1)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [in, out / groups, …]
+        size = size.reshape(groups, -1, size.shape[1]).transpose(1, 2).flatten(0, 1)
+    # now [out, in / groups]
+    passed = _passes(norm)[:, None] if norm is not None else 1.0
+    return (size * passed).reshape(groups, -1, size.shape[1]).sum(1).flatten() / len(size)
 
 
 def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:

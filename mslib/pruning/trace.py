@@ -109,7 +109,7 @@ class Tracer(TorchDispatchMode):
         """A view of a weight, such as a linear layer's transposed matrix, is still that weight."""
         if not args or id(args[0]) not in self.weights or not isinstance(out, torch.Tensor):
             return
-        if func.is_view:
+        if func.is_view or func.overloadpacket is aten._unsafe_view:
             weight = self.weights[id(args[0])]
             self.weights[id(out)] = weight.view(func(weight.data, *args[1:], **kwargs))
 
@@ -211,7 +211,7 @@ class Tracer(TorchDispatchMode):
         if gamma is None or beta is None or by_function:
             return self._label(out, Value.unknown(ids, norm).along(1, out.ndim))
         value = self.values.get(id(x))
-        notes.scale(norm, ids, value)
+        notes.scale(norm, ids, None if training or mean is None else value)
         made = Value(ids, ids != NO_CHANNEL, self._numbers(beta).expand(ids.shape), norm)
         return self._label(out, made.along(1, out.ndim))
 

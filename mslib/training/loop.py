@@ -1,348 +1,297 @@
-"""The only training loop: every lesson's training, with or without a penalty, is one call of `fit`."""
+"""The only training loop: every training, with a penalty or without, is a call of `fit`."""
 
-import copy
-import ctypes
 import itertools
 import math
 import os
-import re
-import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import processes as parallel
-from ..data.tensors import Split, batches, steps_per_epoch
-from ..files import read_tensors, write_tensors
-from ..networks import batch_norms, load, save
+from ..data.tensors import Data, Split, batches, steps_per_epoch
+from ..networks import batch_norms
+from .checks import Settings, as_data, check_labels, check_penalty, count_outputs, first_batch
+from .device import keep_freed_memory, pick_device, pick_layout, pick_precision
 from .progress import Progress
-from .runs import Run, read_history
-
-MOMENTUM = 0.9
-SCHEDULES = ("onecycle", "step", "constant")
-
-
-def learning_rates(lr, steps, schedule="onecycle"):
-    """The learning rate of each of `steps` iterations, float64 [steps].
-
-    "onecycle": linear from 0 to `lr` in a fifth of the run, then a half cosine back to 0.
-    "step": `lr`, divided by ten after half and after three quarters of the run. "constant": `lr`.
-    """
-    t = torch.arange(steps, dtype=torch.float64) / steps
-    if schedule == "onecycle":
-        rise = (t + 1 / steps) / 0.2
-        return lr * torch.where(rise < 1, rise, (1 + torch.cos(math.pi * (t - 0.2) / 0.8)) / 2)
-    if schedule == "step":
-        return lr * 0.1 ** ((t >= 0.5).double() + (t >= 0.75).double())
-    if schedule == "constant":
-        return torch.full((steps,), float(lr), dtype=torch.float64)
-    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+from .runs import identity, opened, penalty_state
+from .schedules import MOMENTUM, learning_rates
 
 
 def fit(
-    model,
-    data,
+    model: nn.Module,
+    data: Data | Iterable,
     *,
-    epochs,
-    lr,
-    batch_size=128,
-    schedule="onecycle",
-    weight_decay=5e-4,
-    penalty=None,
-    seed=0,
-    run=None,
-    frozen_statistics=False,
-    precision="auto",
-    device="auto",
-    capture=None,
-):
-    """Train `model` in place on `data.train` with SGD (Nesterov momentum 0.9); return the history, one row an epoch.
+    epochs: int,
+    lr: float,
+    batch_size: int = 128,
+    schedule: str = "onecycle",
+    weight_decay: float = 5e-4,
+    penalty: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    run: str | Path | None = None,
+    frozen_statistics: bool = False,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    capture: bool | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place with SGD (Nesterov momentum 0.9); return its history, a row an epoch.
 
-    `data`: of tensors, augmented here in whole batches of `batch_size`, or of DataLoaders with their own (`load_folder`).
-    Under torchrun (`torchrun --nproc_per_node=2 script.py`) each process takes its share of every batch, and all end
-    with the same weights, if they began with the same. They are those of one process where the data are tensors and
-    `frozen_statistics` leaves the means and variances of BatchNorms as they are; else each BatchNorm sees its own
-    process's share of the batch, as is usual, and DataLoaders shuffle otherwise than for one.
-    `penalty`: a callable without arguments whose scalar is added to the cross-entropy. If it is more, a `Penalty`, its
-    `step`, `proximal_step`, `attached` and `state_dict` are called as they say.
-    `run`: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes on from its last
-    epoch and ends, on the CPU, with the same weights, bit for bit.
-    `precision`: "bf16" (autocast), "fp32", or "auto": bf16 where the processor computes in it.
-    `capture`: let torch.compile capture the network's pass forward and backward, on a GPU as CUDA graphs: worth its minutes
-    of preparation in long trainings. None: if the environment variable MSLIB_CAPTURE is 1.
+    data: `Data` of tensors, augmented here in batches of `batch_size`; `Data` of DataLoaders, which
+        make batches of their own; or one DataLoader to train on (then val_top1 is nan).
+    penalty: a callable without arguments whose scalar is added to the cross-entropy. Of an
+        `ms.Penalty`, the other methods are called too.
+    seed: decides on order, augmentation and dropout; the caller's random state stays as it is.
+    run: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes
+        on from its last epoch and ends, on the CPU, with the same weights, bit for bit.
+    frozen_statistics: leave mean and variance of BatchNorms as they are.
+    precision: "bf16" (autocast), "fp32", or "auto": the device's own, or of the run begun before.
+    capture: torch.compile the network's pass, on a GPU as CUDA graphs: worth its minutes of
+        preparation in long trainings. None: if the environment variable MSLIB_CAPTURE is 1.
 
-    History columns: epoch, lr (at its end), loss (cross-entropy on the augmented training images), penalty, val_top1
-    (percent, held-out training images), gamma_median and gamma_below (share of BatchNorm |γ| < 0.01).
-    A run keeps every |γ| after each epoch in gammas.pt, float16 [epochs + 1, channels], row 0 before training.
+    Under torchrun each process takes its share of every batch, and all end with the same weights:
+    those of one process for tensors with `frozen_statistics`; else each BatchNorm sees its own
+    share, and DataLoaders shuffle otherwise than for one.
 
-    Raises ValueError for settings out of range or a folder made with others, FloatingPointError when training diverges.
+    History: epoch, lr (at its end), loss (cross-entropy on the augmented images), penalty, val_top1
+    (percent), gamma_median, gamma_below (share of BatchNorm |γ| < 0.01). A run keeps every |γ| in
+    gammas.pt, float16 [epochs + 1, channels], row 0 before training.
+    Raises ValueError for what does not fit together, or a folder of another run; RuntimeError for a
+    folder in use; FloatingPointError when training diverges.
     """
-    if epochs < 1 or lr <= 0 or batch_size < 1:
-        raise ValueError(f"epochs={epochs}, lr={lr}, batch_size={batch_size}: all must be above 0")
-    if isinstance(data.train, Split) and batch_size % parallel.world():
-        raise ValueError(
-            f"batch_size={batch_size} cannot be shared by {parallel.world()} processes; take a multiple"
-        )
-    device = pick_device(device)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    precision = pick_precision(precision, device, model, data)
-    layout = pick_layout(model, device, precision)
-    model.to(device, memory_format=layout)
-    train, val = (
-        split.to(device) if isinstance(split, Split) else split for split in (data.train, data.val)
-    )
-    steps = steps_per_epoch(train, batch_size)
-    rates = learning_rates(lr, epochs * steps, schedule).tolist()
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=weight_decay
-    )
-
-    progress = Progress(Path(run).name if run else "fit")
-    start, history, gammas, seconds = 0, [], [all_gammas(model)], 0.0
-    if run is not None:
-        run = Run(
-            run,
-            {
-                "epochs": epochs,
-                "lr": lr,
-                "batch_size": batch_size,
-                "schedule": schedule,
-                "weight_decay": weight_decay,
-                "penalty": re.sub(r" at 0x\w+", "", repr(penalty)) if penalty else None,
-                "seed": seed,
-                "data": data.fingerprint,
-                **({"frozen_statistics": True} if frozen_statistics else {}),
-                "weights_l1": sum(
-                    float(p.detach().double().abs().sum()) for p in model.parameters()
-                ),
-            },
-        )
-        if run.finished:
-            load(run.path / "model.pt", model)
-            if (run.path / "penalty.pt").exists():
-                _optional(penalty, "load_state_dict")(read_tensors(run.path / "penalty.pt"))
-            history = read_history(run.path)
-            progress.update(
-                f"finished before, loaded: {epochs} epochs, held-out top-1 {history.val_top1.iloc[-1]:.2f} %",
-                keep=True,
-            )
-            progress.close()
+    settings = Settings(epochs, lr, batch_size, schedule, weight_decay, seed, frozen_statistics)
+    held_out = getattr(data, "val", None)  # a DataLoader alone has none
+    data, device = as_data(data, batch_size), pick_device(device)
+    gpus = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):  # the caller's generators stay as they are
+        x, y = first_batch(data.train)
+        outputs = count_outputs(model, x[:1])
+        check_labels(y, outputs)
+        check_penalty(model, penalty)
+        computed = pick_precision(precision, device, model, x[:1])
+        training = _Training(model, data.train, held_out, penalty, settings, device, outputs, run)
+        asked = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
+        parallel.join(device)
+        if run is None:
+            return training.go(None, computed, asked)
+        wanted = asdict(settings) | {"precision": computed, "processes": parallel.world()}
+        free = ("precision",) if precision == "auto" else ()
+        with opened(run, identity(model, data, penalty, wanted), free) as folder:
+            if not folder.finished:
+                return training.go(folder, folder.settings["precision"], asked)
+            history = folder.results(model, penalty)
+            model.to(device)
+            training.tell(f"loaded, finished before: {epochs} epochs", history.iloc[-1])
             return history
-        if state := run.latest():
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start, history, gammas, seconds = (
-                state["epoch"],
-                state["history"],
-                list(state["gammas"]),
-                state["seconds"],
-            )
-            _optional(penalty, "load_state_dict")(state["penalty"])
 
-    began, wrapped = time.monotonic() - seconds, parallel.wrap(model, device)
-    if os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture:
-        torch.compiler.reset()  # it would reuse a graph captured without a penalty's hooks, and gives up after eight networks
-        wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
-    for epoch in range(start, epochs):
-        generator = torch.Generator().manual_seed(
-            seed * 100_003 + epoch
-        )  # an epoch's draws depend on nothing before it
-        torch.manual_seed(seed * 100_003 + epoch)  # for what draws in a network or a DataLoader
-        getattr(getattr(train, "sampler", None), "set_epoch", lambda epoch: None)(
-            seed * 100_003 + epoch
+
+class _Training:
+    """One training: what stays the same through it, and what a checkpoint keeps."""
+
+    def __init__(self, model, train, val, penalty, settings, device, outputs, run):
+        self.model, self.train, self.val, self.penalty = model, train, val, penalty
+        self.settings, self.device, self.outputs = settings, device, outputs
+        self.progress = Progress(Path(run or "fit").name)
+        self.steps = steps_per_epoch(train, settings.batch_size)
+        rates = learning_rates(settings.lr, settings.epochs * self.steps, settings.schedule)
+        self.rates = rates.tolist()  # float [epochs · steps]
+        self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
+
+    def go(self, run, precision, capture):
+        """Train from the first step, or from the newest checkpoint of `run`, to the last."""
+        network, epochs = self._prepare(run, precision, capture), self.settings.epochs
+        writes = run and not parallel.rank()
+        for epoch in range(len(self.history), epochs):
+            began = time.monotonic()
+            self._epoch(network, epoch)
+            self.seconds += time.monotonic() - began
+            if writes:
+                run.save_checkpoint(epoch + 1, self._state())
+            row = self.history[-1]
+            self.tell(f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}", row)
+        self.progress.close()
+        if writes:
+            run.finish(self.model, self._state())
+        parallel.wait()
+        return pd.DataFrame(self.history)
+
+    def _prepare(self, run, precision, capture):
+        """All to its place, back to where an interrupted run was; what stands for the network."""
+        if self.device.type == "cpu" and os.environ.get("MSLIB_KEEP_MEMORY") == "1":
+            keep_freed_memory()
+        self.precision, self.layout = precision, pick_layout(self.model, self.device, precision)
+        self.model.to(self.device, memory_format=self.layout)
+        self.train, self.val = (
+            split.to(self.device) if isinstance(split, Split) else split
+            for split in (self.train, self.val)
         )
-        model.train()
-        if frozen_statistics:
-            for m in model.modules():
+        s = self.settings
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), s.lr, MOMENTUM, weight_decay=s.weight_decay, nesterov=True
+        )
+        if run and (state := run.latest()):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history, self.gammas = state["history"], list(state["gammas"])
+            self.seconds = state["seconds"]
+            self._ask_penalty("load_state_dict", state["penalty"])
+        parallel.wait()  # every process has read where to begin, before the first writes on
+        network = parallel.wrap(self.model, self.device)
+        if not capture:
+            return network
+        # it would reuse a graph made without a penalty's hooks, and gives up after 8 networks
+        torch.compiler.reset()
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        return torch.compile(network, mode=mode)
+
+    def _epoch(self, network, epoch):
+        """Train on every batch once; add a row to the history."""
+        self.model.train()
+        if self.settings.frozen_statistics:
+            for m in self.model.modules():
                 m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
-        mine = batches(train, batch_size, generator, (parallel.rank(), parallel.world()))
-        loader = (
-            (x.to(device, memory_format=layout, non_blocking=True), y.to(device, non_blocking=True))
-            for x, y in mine
-        )
-        loss, extra = _epoch(
-            wrapped,
-            loader,
-            optimizer,
-            penalty,
-            rates[epoch * steps : (epoch + 1) * steps],
-            epoch * steps,
-            precision,
-            lambda i, epoch=epoch: progress.update(
-                f"epoch {epoch + 1}/{epochs}, step {i + 1}/{steps}"
-            ),
-        )
-        parallel.agree(model)
-        gammas.append(all_gammas(model))
-        history.append(
+        with getattr(self.penalty, "attached", nullcontext)():
+            loss, extra = self._steps(network, epoch)
+        parallel.agree(self.model)
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        if not finite or not math.isfinite(loss + extra):
+            lr = self.settings.lr
+            raise FloatingPointError(
+                f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as "
+                f"{lr / 4:g}, in a run folder of its own"
+            )
+        self.gammas.append(all_gammas(self.model))
+        gammas = self.gammas[-1].float()
+        self.history.append(
             {
                 "epoch": epoch + 1,
-                "lr": rates[(epoch + 1) * steps - 1],
+                "lr": self.rates[(epoch + 1) * self.steps - 1],
                 "loss": loss,
                 "penalty": extra,
-                "val_top1": evaluate(model, val, precision=precision),
-                "gamma_median": float(gammas[-1].float().median()),
-                "gamma_below": float((gammas[-1] < 0.01).float().mean()),
+                "val_top1": math.nan
+                if self.val is None
+                else evaluate(self.model, self.val, precision=self.precision),
+                "gamma_median": float(gammas.median()),
+                "gamma_below": float((gammas < 0.01).float().mean()),
             }
         )
-        row, seconds = history[-1], time.monotonic() - began
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"training diverged in epoch {epoch + 1} at lr={lr}; try a smaller lr, such as {lr / 4:g}"
-            )
-        if run and not parallel.rank():
-            run.save_checkpoint(
-                epoch + 1,
-                {
-                    "epoch": epoch + 1,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": history,
-                    "gammas": torch.stack(gammas),
-                    "seconds": seconds,
-                    "penalty": _optional(penalty, "state_dict")(),
-                },
-            )
-        progress.update(
-            f"epoch {epoch + 1}/{epochs}, loss {row['loss']:.3f}, held-out top-1 {row['val_top1']:.2f} %, {seconds:.0f} s",
-            keep=True,
-        )
-    progress.close()
-    if run and not parallel.rank():
-        save(model, run.path / "model.pt")
-        write_tensors(run.path / "gammas.pt", torch.stack(gammas))
-        if state := _optional(penalty, "state_dict")():
-            write_tensors(run.path / "penalty.pt", state)
-        run.finish(history, seconds)
-    parallel.wait()
-    return pd.DataFrame(history)
 
-
-def _epoch(model, loader, optimizer, penalty, rates, iteration, precision, show):
-    """Train on every batch of `loader` once; mean cross-entropy and mean penalty, two floats."""
-    device = next(model.parameters()).device
-    total = total_penalty = torch.zeros((), device=device)
-    with getattr(penalty, "attached", nullcontext)():
-        for i, (x, y) in enumerate(loader):
-            for group in optimizer.param_groups:
-                group["lr"] = rates[i]
-            _optional(penalty, "step")(iteration + i)
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = nn.functional.cross_entropy(model(x), y)
-            extra = penalty() if penalty else torch.zeros((), device=device)
+    def _steps(self, network, epoch):
+        """The steps of one epoch; mean cross-entropy and mean penalty, two floats."""
+        total = total_penalty = torch.zeros((), device=self.device)
+        for i, (x, y) in enumerate(self._batches(epoch)):  # [N, C, H, W], [N]
+            iteration = epoch * self.steps + i
+            rate = self.rates[iteration]
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._ask_penalty("step", iteration)
+            self.optimizer.zero_grad()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = nn.functional.cross_entropy(network(x), y)
+            extra = self.penalty() if self.penalty is not None else torch.zeros_like(loss)
             (loss + extra).backward()
-            optimizer.step()
-            _optional(penalty, "proximal_step")(rates[i] / (1 - MOMENTUM))
+            self.optimizer.step()
+            self._ask_penalty("proximal_step", rate / (1 - MOMENTUM))
             total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
             if i % 10 == 0:
-                show(i)
-    return tuple(float(parallel.mean(t)) / len(rates) for t in (total, total_penalty))
+                of = self.settings.epochs
+                self.progress.update(f"epoch {epoch + 1}/{of}, step {i + 1}/{self.steps}")
+        return tuple(float(parallel.mean(t)) / self.steps for t in (total, total_penalty))
 
+    def _batches(self, epoch):
+        """This process's share of every training batch, on the device."""
+        seed = self.settings.seed * 100_003 + epoch  # an epoch draws nothing that others decide
+        generator = torch.Generator().manual_seed(seed)
+        # for dropout and DataLoaders; not by torch.manual_seed, which seeds every GPU
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        if hasattr(getattr(self.train, "sampler", None), "set_epoch"):  # a DistributedSampler
+            self.train.sampler.set_epoch(seed)
+        share = (parallel.rank(), parallel.world())
+        for x, y in batches(self.train, self.settings.batch_size, generator, share):
+            if not isinstance(self.train, Split):
+                check_labels(y, self.outputs)
+            layout = self.layout if x.ndim == 4 else torch.preserve_format
+            x = x.to(self.device, memory_format=layout, non_blocking=True)
+            yield x, y.to(self.device, non_blocking=True)
 
-def _keep_freed_memory():
-    """Let Linux' allocator keep what is freed for the next step, where it would hand it back and get it anew, cleared page by page.
+    def _ask_penalty(self, name, value):
+        """Call a method of the penalty, if it has it: a plain function has none."""
+        if hasattr(self.penalty, name):
+            getattr(self.penalty, name)(value)
 
-    That costs most in a Jupyter kernel. It holds for the whole process.
-    """
-    mallopt = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    )  # glibc has it
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    def _state(self):
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "gammas": torch.stack(self.gammas),
+            "seconds": self.seconds,
+            "penalty": penalty_state(self.penalty),
+        }
 
-
-def _optional(penalty, name):
-    """The method `name` of a penalty that may be a plain callable, or None."""
-    return getattr(penalty, name, lambda *_: None)
+    def tell(self, text, row):
+        """A line that stays."""
+        top1 = "" if math.isnan(row["val_top1"]) else f", held-out top-1 {row['val_top1']:.2f} %"
+        self.progress.update(f"{text}{top1}, {self.seconds:.0f} s", keep=True)
 
 
 @torch.no_grad()
-def evaluate(model, split, batch_size=500, precision="fp32"):
-    """Top-1 accuracy in percent of `model` on `split`, or on an iterable of batches, in evaluation mode; afterwards all of it is in the mode that `model` was in."""
+def evaluate(
+    model: nn.Module, split: Split | Iterable, batch_size: int = 500, precision: str = "fp32"
+) -> float:
+    """Top-1 in percent of `model` on a `Split` or a DataLoader, in evaluation mode.
+
+    Afterwards all of the network is in the mode that `model` was in.
+    Raises ValueError where there is no image.
+    """
     device, training = next(model.parameters()).device, model.training
-    model.eval()
     correct = seen = 0
+    model.eval()
     for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
         seen += len(y)
     model.train(training)
+    if not seen:
+        raise ValueError("no image to evaluate on: the split or DataLoader is empty")
     return 100 * int(correct) / seen
 
 
-def recalibrate(model, split, images=2000, batch_size=128, seed=0):
-    """Estimate mean and variance of every BatchNorm anew on `images` augmented images (whole batches); in place, returns `model`.
+def recalibrate(
+    model: nn.Module,
+    split: Split | Iterable,
+    images: int = 2000,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> nn.Module:
+    """Estimate mean and variance of every BatchNorm anew on augmented images; in place.
 
-    `split`: they are drawn from it by `seed`, or, if it is an iterable of batches, taken as it gives them after
-    `torch.manual_seed(seed)`, `images` // `batch_size` of its batches. After a cut the statistics are still those of the full network. No weight changes and no label is used.
+    After a cut they are still those of the full network. No weight changes, no label is used.
+    split: `images` are drawn from it by `seed`; of a DataLoader, its first batches after
+        `torch.manual_seed(seed)` are taken, `images` // `batch_size` of them.
+    Returns `model`.
     """
-    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if isinstance(split, Split):
-            few = split.subset(
-                torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:images]
-            ).to(device)
-            loader = batches(few, min(batch_size, len(few)), torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+            few = split.subset(order[:images]).to(next(model.parameters()).device)
+            drawn = torch.Generator().manual_seed(seed)
+            loader = batches(few, min(batch_size, len(few)), drawn)
         else:
             loader = itertools.islice(split, max(1, images // batch_size))
-        torch.optim.swa_utils.update_bn(loader, model, device)
+        torch.optim.swa_utils.update_bn(loader, model, next(model.parameters()).device)
     return model
 
 
-def all_gammas(model):
-    """|γ| of every BatchNorm channel of `model`, in the order of its modules, float16 [channels]."""
+def all_gammas(model: nn.Module) -> Tensor:
+    """|γ| of every BatchNorm channel, in the order of the modules: float16 [channels]."""
     gammas = [m.weight.detach().abs().flatten() for _, m in batch_norms(model)]
     return torch.cat(gammas).half().cpu() if gammas else torch.zeros(1).half()
-
-
-def pick_device(device="auto"):
-    if device == "auto":  # a GPU for each process of this machine, or the CPU for all
-        enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        device = (
-            f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            if enough and torch.cuda.is_available()
-            else "cpu"
-        )
-    return torch.device(device)
-
-
-def pick_precision(precision, device, model, data):
-    """Resolve "auto": bf16 on a GPU or CPU with bf16 arithmetic (AVX-512 BF16, AMX), fp32 elsewhere, and on a CPU where
-    a strided convolution reads a map of one pixel: torch's bf16 gradients hold rubbish there (seen in 2.15)."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f"unknown precision {precision!r}; known: auto, bf16, fp32")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return "fp32"
-    clone, rubbish = copy.deepcopy(model).to("meta").eval(), []
-    for m in clone.modules():
-        if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
-            m.register_forward_pre_hook(
-                lambda _, x: rubbish.append(1) if min(x[0].shape[2:]) == 1 else None
-            )
-    clone(data.example.to("meta"))
-    return "fp32" if rubbish else "bf16"
-
-
-def pick_layout(model, device, precision):
-    """Channels last, unless bf16 on a CPU meets widths that are no multiples of 8: those oneDNN pads in its own layout only.
-
-    Measured on two cores, ResNet-56 at batch 128: channels last 338 images/s against 299; pruned to odd widths, 337 to 438.
-    """
-    odd = any(m.out_channels % 8 for m in model.modules() if isinstance(m, nn.Conv2d))
-    return (
-        torch.contiguous_format
-        if odd and precision == "bf16" and device.type == "cpu"
-        else torch.channels_last
-    )

@@ -1,101 +1,269 @@
-"""The folder of one training: its settings, checkpoints that survive a crash, and what it measured."""
+"""The folder of one training: whose run it is, one process at a time, checkpoints, results."""
 
+import hashlib
+import itertools
+import json
 import logging
 import math
+import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
+from torch import nn
 
-from ..files import read_json, read_tensors, write_json, write_tensors
+from ..files import digest, read_json, read_tensors, write_json, write_tensors
+from ..networks import load, save
+from ..processes import rank, wait
 
 log = logging.getLogger("mslib")
+HISTORY = ("epoch", "lr", "loss", "penalty", "val_top1", "gamma_median", "gamma_below")
+CHECKPOINT = {"run", "model", "optimizer", "history", "gammas", "seconds", "penalty"}
+ELSEWHERE = "it cannot be told whose run this is: give another folder"
+
+# ---- identity ----------------------------------------------------------------------------------
 
 
-class Run:
-    """A folder with settings.json, the two newest epoch-NNNN.pt while training, and at the end model.pt, gammas.pt,
-    penalty.pt (if the penalty has a state) and history.json (written last: it marks the run as finished).
+def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
+    """What decides the outcome of a training, as JSON keeps it.
 
-    Raises ValueError when the folder was made with other settings; nothing in it is touched then.
+    `settings`, what the penalty and the data are, the layers of the network, and the bytes of its
+    weights and buffers. Not the kind of device: another one rounds otherwise, no more.
+    Raises ValueError where data or penalty cannot be told from others.
     """
-
-    def __init__(self, path, settings):
-        self.path = Path(path)
-        if (self.path / "settings.json").exists():
-            check_settings(self.path, read_json(self.path / "settings.json"), settings)
-        else:
-            write_json(self.path / "settings.json", settings)
-
-    @property
-    def finished(self):
-        return (self.path / "history.json").exists()
-
-    def checkpoints(self):
-        """Paths of the checkpoints, newest first."""
-        return sorted(self.path.glob("epoch-*.pt"), reverse=True)
-
-    def save_checkpoint(self, epoch, state):
-        write_tensors(self.path / f"epoch-{epoch:04d}.pt", state)
-        for old in self.checkpoints()[2:]:
-            old.unlink()
-
-    def latest(self):
-        """The newest checkpoint that can be read, or None; a damaged one is named and passed over."""
-        for path in self.checkpoints():
-            try:
-                return read_tensors(path)
-            except ValueError as error:
-                log.warning("%s; using the checkpoint before it", error)
-        return None
-
-    def finish(self, history, seconds):
-        write_json(
-            self.path / "history.json",
-            {"epochs": history, "seconds": round(seconds)} | environment(),
-        )
-        for path in self.checkpoints():
-            path.unlink()
-
-
-def read_history(path):
-    """The history of the finished run in folder `path`, one row an epoch."""
-    return pd.DataFrame(read_json(Path(path) / "history.json")["epochs"])
-
-
-def check_settings(folder, have, want):
-    """ValueError that names each setting in which the folder's run differs from the one wanted."""
-    differ = [k for k in sorted({*have, *want}) if not _same(have.get(k), want.get(k))]
-    if differ:
-        values = ", ".join(f"{k}={have.get(k)!r} (now {want.get(k)!r})" for k in differ)
+    remedy = "; without a run folder (run=None) it can be trained all the same"
+    known = penalty.identity() if hasattr(penalty, "identity") else None
+    if penalty is not None and known is None:
         raise ValueError(
-            f"{folder} holds a run made with other settings: {values}; give another folder, or delete this one"
+            f"the penalty {penalty!r} cannot be told from others: derive its class from ms.Penalty "
+            f"and give it `identity()`, what decides its effect{remedy}"
         )
-
-
-def _same(a, b):
-    """Equal, numbers up to 1e-5 of themselves (a drawn weight may differ in its last bit between machines)."""
-    return (
-        a == b or isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-5)
-    )
-
-
-def environment():
-    """What a figure depends on besides its settings: versions, hardware, date."""
-    return {
-        "torch": torch.__version__.split("+")[0],
-        "python": platform.python_version(),
-        "hardware": f"{torch.cuda.get_device_name()}, {_cpu()}"
-        if torch.cuda.is_available()
-        else f"{_cpu()}, CPU",
-        "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
+    if data.fingerprint is None:
+        raise ValueError(
+            f"these data cannot be told from others: use ms.load_data or ms.load_folder{remedy}"
+        )
+    try:
+        known = json.loads(json.dumps(known, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
+    layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
+    named = (model.named_parameters, model.named_buffers)
+    tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
+    return settings | {
+        "penalty": known,
+        "data": data.fingerprint,
+        "layers": hashlib.sha256(layers).hexdigest(),
+        "weights": digest(tensors),
     }
 
 
-def _cpu():
+def check_settings(folder: Path, have: dict, want: dict) -> None:
+    """ValueError that names each setting in which the run in `folder` is another one."""
+    unknown, missing = sorted({*have} - {*want}), sorted({*want} - {*have})
+    if unknown or missing:
+        raise ValueError(
+            f"{folder} was made by another version of mslib: of its settings {unknown or 'none'} "
+            f"are unknown here, and {missing or 'none'} are missing; give another folder"
+        )
+    differ = _differences(have, want)
+    if len(differ) == 1 and have.get("weights") != want.get("weights"):
+        raise ValueError(
+            f"{folder} holds a run of a network that began with other weights: {differ[0]}. "
+            "Call torch.manual_seed(…) before the network is made, and do not train it before; "
+            "or give another folder"
+        )
+    if differ:
+        raise ValueError(
+            f"{folder} holds a run made with other settings: {', '.join(differ)}; "
+            "give another folder"
+        )
+
+
+def _differences(have, want, name=""):
+    if isinstance(have, list) and isinstance(want, list):
+        have, want = dict(enumerate(have)), dict(enumerate(want))
+    if not (isinstance(have, dict) and isinstance(want, dict)):
+        return [] if have == want else [f"{name}={_short(have)} (now {_short(want)})"]
+    found = []
+    for key in sorted({*have, *want}):
+        found += _differences(have.get(key), want.get(key), f"{name}.{key}".strip("."))
+    return found
+
+
+def _short(value):
+    text = re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1…", repr(value))
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+# ---- one process at a time ---------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: str | Path, patience: float = 30.0) -> Iterator[None]:
+    """Hold `folder`, made if need be, for this process alone; the lock ends with the process.
+
+    Raises RuntimeError that names the holder, after `patience` seconds.
+    """
+    folder = Path(folder)
+    lock, holder = FileLock(folder / ".lock"), folder / ".holder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=patience)
+        holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise RuntimeError(
+            f"{folder} is in use by {who}; wait until that has ended, or give another folder"
+        ) from None
+    except OSError as error:
+        lock.release()
+        raise OSError(
+            f"cannot write {folder} ({error.strerror or error}); choose a folder you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iterator["Run"]:
+    """The run folder of `settings`, held for this process unless its run is finished.
+
+    `free`: names of settings for which the run's own value counts.
+    Raises ValueError for a folder of another run, which stays as it is.
+    """
+    run = Run(path, settings)
+    with nullcontext() if rank() or run.finished else locked(run.path):
+        if not rank():
+            run.begin(free)
+        wait()  # under torchrun the first process decides for all
+        run.settings = _read(run.path / "settings.json")
+        yield run
+
+
+# ---- the folder --------------------------------------------------------------------------------
+
+
+class Run:
+    """settings.json; while training, the two newest epoch-NNNN.pt; at the end model.pt, gammas.pt,
+    penalty.pt (if the penalty has a state) and history.json, which marks the run as finished."""
+
+    def __init__(self, path: str | Path, settings: dict):
+        self.path, self.settings = Path(path), settings
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "history.json").exists()
+
+    @property
+    def id(self) -> str:
+        """What every checkpoint of this run carries."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def begin(self, free: tuple[str, ...]) -> None:
+        """Take over the folder: as a new one, or as the one that this very run has begun."""
+        file = self.path / "settings.json"
+        if file.exists():
+            have = _read(file)
+            own = {name: have[name] for name in free if name in have}
+            check_settings(self.path, have, self.settings | own)
+        elif self.finished or self.checkpoints():
+            raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
+        else:
+            write_json(file, self.settings)
+
+    def checkpoints(self) -> list[Path]:
+        """Paths of the checkpoints, newest first."""
+        return sorted(self.path.glob("epoch-*.pt"), reverse=True)
+
+    def save_checkpoint(self, epoch: int, state: dict) -> None:
+        write_tensors(self.path / f"epoch-{epoch:04d}.pt", state | {"run": self.id})
+        for old in self.checkpoints()[2:]:
+            old.unlink()
+
+    def latest(self) -> dict | None:
+        """The newest checkpoint that can be read, or None; damaged ones are named, passed over."""
+        for path in self.checkpoints():
+            try:
+                state = read_tensors(path)
+                if not isinstance(state, dict) or {*state} != CHECKPOINT:
+                    raise ValueError("it is no checkpoint")
+            except Exception as error:  # of many kinds, by what is damaged
+                log.warning("%s is passed over for the one before, or the start: %s", path, error)
+                continue
+            if state["run"] != self.id:
+                raise ValueError(f"{path} is a checkpoint of another run; {ELSEWHERE}")
+            return state
+        return None
+
+    def finish(self, model: nn.Module, state: dict) -> None:
+        """Write the results; history.json comes last, and the checkpoints go after it."""
+        save(model, self.path / "model.pt")
+        write_tensors(self.path / "gammas.pt", state["gammas"])
+        if state["penalty"]:
+            write_tensors(self.path / "penalty.pt", state["penalty"])
+        rows = [
+            row | {"val_top1": None if math.isnan(row["val_top1"]) else row["val_top1"]}
+            for row in state["history"]
+        ]
+        told = {"epochs": rows, "seconds": round(state["seconds"])} | environment()
+        write_json(self.path / "history.json", told)
+        for path in self.checkpoints():
+            path.unlink()
+
+    def results(self, model: nn.Module, penalty: Any) -> pd.DataFrame:
+        """Give `model` and `penalty` what the finished run ended with; return its history."""
+        history = read_history(self.path)
+        load(self.path / "model.pt", model)
+        if penalty_state(penalty):
+            penalty.load_state_dict(read_tensors(self.path / "penalty.pt"))
+        return history
+
+
+def penalty_state(penalty: Any) -> dict:
+    """What of a penalty, which may be a plain callable or None, changes while training."""
+    return penalty.state_dict() if hasattr(penalty, "state_dict") else {}
+
+
+def read_history(path: str | Path) -> pd.DataFrame:
+    """The history of the finished run in folder `path`, one row an epoch."""
+    file = Path(path) / "history.json"
+    rows = _read(file).get("epochs")
+    try:
+        return pd.DataFrame(rows)[list(HISTORY)].astype(dict.fromkeys(HISTORY[1:], float))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file} is no history of a run; {ELSEWHERE}") from None
+
+
+def _read(file):
+    try:
+        value = read_json(file)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged; {ELSEWHERE}")
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides its settings: versions, hardware, date."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    cpu = found.group(1).strip() if found else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "torch": torch.__version__.split("+")[0],
+        "python": platform.python_version(),
+        "hardware": f"{gpu}, {cpu}" if gpu else f"{cpu}, CPU",
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+    }
