@@ -143,7 +143,9 @@ def ghost(net, x):
 
 
 def inception(net, x):
-    return net.out(torch.cat([net.a(x), net.b(x), F.avg_pool2d(x, 3, 1, 1)], 1))
+    return net.out(
+        torch.cat([net.a(x), net.b(x), F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)], 1)
+    )
 
 
 def leaky(net, x):
@@ -1253,8 +1255,8 @@ def test_other_precisions(dtype, limit):
         ({1: torch.ones(8, dtype=torch.bool)}, "mask for 1"),
         ({"0.1": None}, "NoneType; expected a bool tensor"),
         ({"0.1": torch.ones(8)}, "torch.float32; expected a bool tensor"),
-        ({"0.1": torch.ones(7, dtype=torch.bool)}, r"shape \[7\]; the layer has 8"),
-        ({"0.1": torch.ones(8, 1, dtype=torch.bool)}, r"shape \[8, 1\]; the layer has 8"),
+        ({"0.1": torch.ones(7, dtype=torch.bool)}, r"shape \[7\]; the layer has .?8"),
+        ({"0.1": torch.ones(8, 1, dtype=torch.bool)}, r"shape \[8, 1\]; the layer has .?8"),
         ({"0.1": torch.zeros(8, dtype=torch.bool)}, "keeps no channel"),
     ],
 )
