@@ -183,7 +183,7 @@ def test_torchvision(name):
 def test_a_small_maxvit():
     """Convolutions with BatchNorm and squeeze and excitation, between attention over windows."""
     model = torchvision.models.MaxVit(
-        (28, 28),
+        (56, 56),
         8,
         partition_size=7,
         block_channels=[8, 16],
@@ -192,7 +192,7 @@ def test_a_small_maxvit():
         stochastic_depth_prob=0.1,
         num_classes=5,
     )
-    graph, masks, _ = cut(lively(model).double(), image(2, 3, 28, 28), True)
+    graph, masks, _ = cut(lively(model).double(), image(2, 3, 56, 56), True)
     assert len(masks) >= 4 and len(masks) < len(graph.norms)
 
 

@@ -141,7 +141,7 @@ class ChannelGraph:
         does. Then the suspects that the trace had passed are cut alone, the last ones first.
         """
         while (passed := self._probe(self._free())) is not None:
-            for ids, what in reversed(self.notes.rigid[:passed]):
+            for ids, what in reversed(self.notes.rigid[: passed + 1]):
                 some = self._free() & torch.isin(self.root, self.root[ids])
                 if some.any() and self._probe(some) is not None:
                     self.notes.keep(ids, f"{what} counts on its number of channels")

@@ -82,7 +82,7 @@ def channel_groups(model: Network, example: Any = None) -> Groups:
             root
         )
     layers = cost(graph.model, graph.example).layers
-    order = {name: i for i, name in enumerate(graph.modules)}
+    order = {name: i for i, name in enumerate(graph.outputs)}
     found = []
     for (writers, norms, readers, reason), roots in members.items():
         drop = torch.isin(graph.root, torch.tensor(roots))
