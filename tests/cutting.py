@@ -62,7 +62,7 @@ def difference(a, b, x):
     """How far the outputs of two networks are apart, as a share of the largest output."""
     pairs = list(zip(outputs(a, x), outputs(b, x), strict=True))
     assert all(p.shape == q.shape for p, q in pairs)
-    return max(float((p - q).abs().max() / q.abs().max()) for p, q in pairs)
+    return max(float((p - q).abs().max() / q.abs().max().clamp(min=1e-30)) for p, q in pairs)
 
 
 def size(model):
