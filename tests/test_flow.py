@@ -9,7 +9,7 @@ from .conftest import lively, tiny_data
 
 
 def by_hand(model, x, names):
-    """Σ mean|x_{l+1} − x_l| and Σ mean|x_{l+1} − 2x_l + x_{l−1}| for the blocks of each list of `names`."""
+    """Σ mean|x_{l+1} − x_l| and Σ mean|x_{l+1} − 2x_l + x_{l−1}| over each list of `names`."""
     kept = {}
     handles = [
         m.register_forward_hook(lambda m, i, o, n=n: kept.__setitem__(n, o))
@@ -34,7 +34,7 @@ NETWORKS = {
     "resnet": (lambda: ms.resnet(26, 3), [[f"stage{s}.{b}" for b in range(4)] for s in (1, 2, 3)]),
     "vgg": (
         lambda: ms.vgg(16, 3, width=0.125),
-        # ReLUs of the five stages: convolution, BatchNorm, ReLU; a pooling layer opens each stage but the first
+        # ReLUs of the five stages: convolution, BatchNorm, ReLU; pooling opens all but the first
         [
             [f"features.{i}" for i in stage]
             for stage in ((2, 5), (9, 12), (16, 19, 22), (26, 29, 32), (36, 39, 42))
@@ -109,7 +109,7 @@ def test_what_it_refuses():
     model = ms.resnet(8, 3)  # one block a stage: three shapes
     with pytest.raises(
         ValueError,
-        match=r"no two consecutive layers of equal shape .*stage1.0 \[16, 8, 8\], stage2.0 \[32, 4, 4\]",
+        match=r"no two consecutive .*stage1.0 \[16, 8, 8\], stage2.0 \[32, 4, 4\]",
     ):
         ms.fit(
             model,
@@ -127,7 +127,7 @@ def test_what_it_refuses():
 
 
 def test_penalties_add_up_and_resume(tmp_path, monkeypatch):
-    """masked L1 + feature flow + growing L2: killed after an epoch, it ends as if it had not been."""
+    """masked L1 + feature flow + growing L2: killed after an epoch, it ends as if it had not."""
     from mslib.training import runs
 
     def run(path):

@@ -36,7 +36,7 @@ def smallest(conv, ratio):
 
 
 def train(model, penalty, iterations, each=lambda i: None, lr=0.05):
-    """A bare SGD on random images; `each` is called after the penalty's step and before the gradient."""
+    """A bare SGD on random images; `each` is called between the penalty's step and the gradient."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     for i in range(iterations):
@@ -81,7 +81,7 @@ def test_greg1_grows_the_dropped_filters_alone_and_holds_at_the_ceiling():
     penalty = ms.GrowingL2(model, EXAMPLE, masks, delta=0.03, every=3, ceiling=0.1, enough=1e9)
 
     def check(i):
-        # r is one δ more at each multiple of K, until it has passed the ceiling: 0.03, 0.06, 0.09, 0.12 and then held
+        # one δ more at each multiple of K, until r has passed the ceiling: 0.03 … 0.12, then held
         expected = 0.03 * min(i // 3 + 1, 4)
         value = 0.0
         for name, conv, _ in convolutions(model):
@@ -162,7 +162,7 @@ def test_greg2_grows_all_picks_and_pushes():
             picked.update(
                 {name: smallest(conv, ratio) for name, conv, ratio in convolutions(model)}
             )
-        # pushed from where the common factor stood: 0.8, then δ more each time until above the ceiling
+        # pushed from where the common factor stood: 0.8, then δ more until above the ceiling
         pushed = 0.8 + 0.5 * min(updates - 4, 3)
         for name, _, _ in convolutions(model):
             for f, r in enumerate(penalty.factors[name].tolist()):
@@ -218,7 +218,7 @@ def test_unstructured_weights_one_by_one(kind):
 
 
 def test_a_pace_that_fits_a_short_run():
-    """GReg-1 reaches its ceiling at 60 % of the run; GReg-2's common factor shrinks a free weight by e^-exponent."""
+    """GReg-1: at the ceiling after 60 % of the run. GReg-2: a free weight shrinks by e^-exponent."""
     model, rates = lively(ms.resnet(8, 3)), ms.learning_rates(0.05, 2000)
     weight, penalty = (
         1.0,

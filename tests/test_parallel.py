@@ -105,7 +105,7 @@ def test_a_batch_is_shared_evenly(monkeypatch):
         ms.fit(ms.resnet(8, 3), tiny_data(), epochs=1, lr=0.1, batch_size=16)
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fit_from_a_folder(folder, workers, tmp_path):
-    """Batches of the asked size; training learns, evaluates and goes on as from tensors; a second run is loaded."""
+    """Batches of the asked size; it learns, evaluates and goes on as from tensors; then loads."""
     data = ms.load_folder(folder, size=16, batch_size=30, workers=workers)
     assert (
         data.example.shape,
@@ -181,7 +181,7 @@ def test_fit_from_a_folder(folder, workers, tmp_path):
 
 
 def test_batches_of_a_folder_are_shared_as_they_were_made(folder, monkeypatch):
-    """`fit` has no say in the size of batches that others make: its default, 128, is no multiple of 3."""
+    """`fit` has no say in the size of others' batches: its default, 128, is no multiple of 3."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     data = ms.load_folder(folder, size=16, batch_size=96)
     with pytest.raises(ValueError, match="unknown schedule"):  # the next thing that it checks

@@ -279,7 +279,8 @@ def _explain(error: Any) -> str:
     if error["type"].startswith(("greater", "less")):
         return f"{name}={given}: must be {_bounds(field, error['type'])}, {example}"
     kinds = {bool: "True or False", str: "a text", float: "a finite number"}
-    kind = "a dict" if name == "layer_reduction" else kinds.get(field.annotation, "a whole number")  # type: ignore[arg-type]
+    annotation: Any = field.annotation
+    kind = "a dict" if name == "layer_reduction" else kinds.get(annotation, "a whole number")
     return f"{name}={given}: expected {kind}, {example}"
 
 

@@ -60,39 +60,39 @@ class Sum(Penalty):
         if len({id(part) for part in self.parts}) < len(self.parts):
             raise ValueError(f"{self}: the same penalty twice; make one of twice the strength")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         return sum(part() for part in self.parts)
 
-    def step(self, iteration):
+    def step(self, iteration: int) -> None:
         for part in self.parts:
             part.step(iteration)
 
-    def proximal_step(self, lr):
+    def proximal_step(self, lr: float) -> None:
         for part in self.parts:
             part.proximal_step(lr)
 
     @contextmanager
-    def attached(self):
+    def attached(self) -> Iterator["Penalty"]:
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.attached())
             yield self
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         for i, part in enumerate(self.parts):
             part.load_state_dict(state[str(i)])
 
-    def identity(self):
+    def identity(self) -> Any:
         parts = [part.identity() for part in self.parts]
         return None if None in parts else {"sum": parts}
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.Tensor]:
         for part in self.parts:
             yield from part.parameters()
 
@@ -112,23 +112,23 @@ class HoldZero(Penalty):
         self.weights = [(modules[name].weight, keep) for name, keep in masks.items()]
         self.proximal_step(0)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"HoldZero({sum(int((~keep).sum()) for keep in self.masks.values())} weights)"
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         return torch.zeros((), device=self.weights[0][0].device)
 
     @torch.no_grad()
-    def proximal_step(self, lr):
+    def proximal_step(self, lr: float) -> None:
         for i, (weight, keep) in enumerate(self.weights):
             keep = keep.to(weight.device)
             self.weights[i] = weight, keep  # moved once
             weight *= keep
 
-    def identity(self):
+    def identity(self) -> Any:
         return {"penalty": "HoldZero", "masks": digest(self.masks.items())}
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.Tensor]:
         return [weight for weight, _ in self.weights]
 
 

@@ -3,9 +3,10 @@
 Wu et al., arXiv 2106.02914 (2021).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,12 +44,12 @@ class FeatureFlow(Penalty):
         self.model, self.modules = model, followed(model, layers)
         self.features: Features = []
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         strengths = f"length={self.length:g}, curvature={self.curvature:g}"
         return f"FeatureFlow({len(self.modules)} layers, {strengths})"
 
     @contextmanager
-    def attached(self):
+    def attached(self) -> Iterator[Penalty]:
         try:
             with _hooked(self.modules, self._keep):
                 yield self
@@ -59,7 +60,7 @@ class FeatureFlow(Penalty):
         if module.training:
             self.features.append(out)
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         features, self.features = self.features, []
         if not features:
             raise ValueError(
@@ -77,7 +78,7 @@ class FeatureFlow(Penalty):
         length, curvature = map(sum, zip(*map(measure, stretches)))
         return self.length * length + self.curvature * curvature
 
-    def identity(self):
+    def identity(self) -> Any:
         return {
             "penalty": "FeatureFlow",
             "layers": [*self.modules],
@@ -85,7 +86,7 @@ class FeatureFlow(Penalty):
             "curvature": self.curvature,
         }
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.Tensor]:
         return self.model.parameters()
 
 

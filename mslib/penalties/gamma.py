@@ -1,5 +1,8 @@
 """Penalties on γ, the scale of each BatchNorm channel: Network Slimming and MaskSparsity."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,19 +31,19 @@ class _GammaL1(Penalty):
         self.gammas = [model.get_submodule(name).weight for name in chosen]
         self.penalized = torch.cat([c.cpu() for c in chosen.values()])  # bool [channels]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         step = ", proximal" if self.proximal else ""
         channels = int(self.penalized.sum())
         return f"{type(self).__name__}({channels} channels, strength={self.strength:g}{step})"
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         """λ·Σ|γ|, a scalar tensor; without a gradient when the proximal step does the work."""
         self.penalized = self.penalized.to(self.gammas[0].device)
         value = self.strength * (torch.cat(self.gammas).abs() * self.penalized).sum()
         return value.detach() if self.proximal else value
 
     @torch.no_grad()
-    def proximal_step(self, lr):
+    def proximal_step(self, lr: float) -> None:
         """Soft-threshold the penalized γ by lr·λ: γ <- sign(γ)·max(|γ| - lr·λ, 0).
 
         `fit` passes lr / (1 - momentum), so that λ means the same push as with the subgradient.
@@ -51,7 +54,7 @@ class _GammaL1(Penalty):
             threshold = lr * self.strength * chosen.to(gamma.device)  # [channels], 0 where kept
             gamma.copy_(gamma.sign() * (gamma.abs() - threshold).clamp_min_(0))
 
-    def identity(self):
+    def identity(self) -> Any:
         return {
             "penalty": type(self).__name__,
             "channels": digest(self.chosen.items()),
@@ -59,7 +62,7 @@ class _GammaL1(Penalty):
             "proximal": self.proximal,
         }
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.Tensor]:
         return self.gammas
 
 

@@ -3,6 +3,9 @@
 Wang et al., ICLR 2021, arXiv 2012.09243.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import pandas as pd
 import torch
 from torch import nn
@@ -112,7 +115,7 @@ class GrowingL2(Penalty):
             "pick_delta": common / judging,
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         given = ", ".join(f"{k}={v}" for k, v in self.settings.items() if v is not None)
         what = "filters" if all(len(u) == 1 for u in self.units.values()) else "weights"
         number = sum(shape.numel() for shape in self.units.values())
@@ -139,7 +142,7 @@ class GrowingL2(Penalty):
         """Mean |W| of each filter, or |W| of each weight: dict like the masks, on the CPU."""
         return {name: _size(w, self.units[name]).cpu() for name, w in self.weights.items()}
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         total = 0
         for name, w in self.weights.items():
             factor = self.factors[name] = self.factors[name].to(w.device)
@@ -148,7 +151,7 @@ class GrowingL2(Penalty):
         return total / 2
 
     @torch.no_grad()
-    def step(self, iteration):
+    def step(self, iteration: int) -> None:
         """Let the factors grow, every `every` iterations; called before each iteration."""
         s = self.settings
         if iteration % s["every"]:
@@ -197,20 +200,20 @@ class GrowingL2(Penalty):
         self.rows.append(row)
         self.seen.append(filters.half().cpu())
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         state = {key: getattr(self, key) for key in STATE}
         return state | {"factors": {n: f.cpu() for n, f in self.factors.items()}}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         for key in STATE:
             setattr(self, key, state[key])
 
-    def identity(self):
+    def identity(self) -> Any:
         masks = self.masks and digest(self.masks.items())
         now = {"factors": digest(self.factors.items()), "ratios": self.ratios, "held": [*self.held]}
         return {"penalty": "GrowingL2", "masks": masks} | self.settings | now
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.Tensor]:
         return self.weights.values()
 
 
