@@ -218,7 +218,7 @@ def test_unstructured_weights_one_by_one(kind):
 
 
 def test_a_pace_that_fits_a_short_run():
-    """GReg-1: at the ceiling after 60 % of the run. GReg-2: a free weight shrinks by e^-exponent."""
+    """GReg-1: at the ceiling after 60 % of the run. GReg-2: a free weight shrinks e^-exponent."""
     model, rates = lively(ms.resnet(8, 3)), ms.learning_rates(0.05, 2000)
     weight, penalty = (
         1.0,

@@ -105,17 +105,17 @@ def test_a_graph_stands_for_a_network_and_its_example():
 
 NORM = torch.arange(16) > 3
 BAD_MASKS = {
-    "'stage1.0.bn9': the network has no such BatchNorm.*did you mean 'stage1.0.bn[12]'": {
+    "'stage1.0.bn9': no such BatchNorm.*did you mean 'stage1.0.bn[12]'": {
         "stage1.0.bn9": NORM
     },
-    "'conv': the network has no such BatchNorm": {"conv": NORM},
-    r"has shape \[15\]; expected \[16\]": {"bn": NORM[1:]},
+    "'conv': no such BatchNorm": {"conv": NORM},
+    r"has shape \[15\]; the layer has \[16\]": {"bn": NORM[1:]},
     "'bn' is torch.float32; expected a bool": {"bn": NORM.float()},
     "'bn' is list; expected a bool": {"bn": [True] * 16},
-    "'bn' keeps nothing": {"bn": NORM & False},
+    "'bn' keeps no channel": {"bn": NORM & False},
     "keep every channel: there is nothing to penalize": {"bn": NORM | True},
-    "masks are None; expected a dict": None,
-    "masks are {}; expected a dict": {},
+    "masks are a NoneType; expected a dict": None,
+    "the masks keep every channel": {},
 }
 
 

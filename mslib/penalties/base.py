@@ -108,6 +108,8 @@ class HoldZero(Penalty):
         modules = dict(model.named_modules())
         weights = {n: m.weight.shape for n, m in modules.items() if _has_weight(m)}
         check_shapes(masks, weights, "layer with a weight")
+        if not masks:
+            raise ValueError("masks are {}: there is nothing to hold at zero")
         self.masks = masks
         self.weights = [(modules[name].weight, keep) for name, keep in masks.items()]
         self.proximal_step(0)
