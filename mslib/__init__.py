@@ -29,7 +29,7 @@ from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
-from .pruning.channels import ChannelGraph
+from .pruning.graph import ChannelGraph
 from .pruning.groups import channel_groups
 from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio

@@ -218,15 +218,18 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
             with safetensors.safe_open(path, "pt") as opened:
                 about = opened.metadata() or {}
                 state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            about = {key: json.loads(about[key]) for key in ("format", "recipe", "groups", "tied")}
+            version = json.loads(about["format"])
+            if version == FORMAT:
+                about = {key: json.loads(about[key]) for key in ("recipe", "groups", "tied")}
         except Exception as error:  # safetensors raises kinds of its own
             raise ValueError(
                 f"{path} cannot be read: truncated, damaged or not written by ms.save "
                 f"({reason(error)}); for a plain state_dict use model.load_state_dict"
             ) from None
-        if about["format"] != FORMAT:
+        if version != FORMAT:
             raise ValueError(
-                f"{path} has format {about['format']!r:.99}; this mslib reads {FORMAT}"
+                f"{path} has format {version!r:.99}, and this mslib reads {FORMAT!r}; it may come "
+                "from a newer version"
             )
         groups, tied = about["groups"], about["tied"]
     if not isinstance(state, dict) or not isinstance(tied, dict):

@@ -172,7 +172,7 @@ def test_a_carried_folder_of_other_settings_is_refused(tmp_path):
     [
         ("", "cannot be read"),
         ("{", "cannot be read"),
-        ("[]", "it is a list"),
+        ("[]", "it holds a list"),
         ("{}", "'rows' is 'None'"),
         ('{"rows": [], "settings": 3}', "'settings' is '3'"),
         ('{"rows": [1], "settings": {}}', "a row is '1'"),

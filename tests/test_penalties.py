@@ -105,9 +105,7 @@ def test_a_graph_stands_for_a_network_and_its_example():
 
 NORM = torch.arange(16) > 3
 BAD_MASKS = {
-    "'stage1.0.bn9': no such BatchNorm.*did you mean 'stage1.0.bn[12]'": {
-        "stage1.0.bn9": NORM
-    },
+    "'stage1.0.bn9': no such BatchNorm.*did you mean 'stage1.0.bn[12]'": {"stage1.0.bn9": NORM},
     "'conv': no such BatchNorm": {"conv": NORM},
     r"has shape \[15\]; the layer has \[16\]": {"bn": NORM[1:]},
     "'bn' is torch.float32; expected a bool": {"bn": NORM.float()},

@@ -24,7 +24,7 @@ from mslib.data.shapes import draw_shapes
 from mslib.data.tensors import Data, Split, steps_per_epoch
 from mslib.files import ROOT, write_json
 from mslib.networks import network, resnet
-from mslib.pruning.channels import ChannelGraph
+from mslib.pruning.graph import ChannelGraph
 from mslib.pruning.masks import masks_for_macs
 from mslib.pruning.surgery import prune
 from mslib.training.loop import fit

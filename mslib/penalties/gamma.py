@@ -8,7 +8,7 @@ from torch import nn
 
 from ..files import digest
 from ..networks import batch_norms
-from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.graph import ChannelGraph, as_graph
 from ..pruning.masks import Masks, check_shapes
 from ..pruning.scores import gammas
 from ..training.schedules import MOMENTUM, learning_rates

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..files import digest
-from ..pruning.channels import ChannelGraph, as_graph
+from ..pruning.graph import ChannelGraph, as_graph
 from ..pruning.masks import Masks, check_shapes, masks_for_ratio
 from ..training.schedules import MOMENTUM
 from .base import Penalty

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from ..costs import cost
-from .channels import Network, as_graph
+from .graph import Network, as_graph
 from .labels import NO_CHANNEL
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..files import nearest, read_json, read_tensors, write_tensors
-from .channels import as_graph
+from .graph import as_graph
 from .masks import check_masks
 
 log = logging.getLogger("mslib")

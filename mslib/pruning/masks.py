@@ -10,7 +10,7 @@ import torch
 
 from ..costs import cost
 from ..files import nearest
-from .channels import ChannelGraph, Network, as_graph
+from .graph import ChannelGraph, Network, as_graph
 from .groups import short
 from .scores import Scores, gammas, shared_scores
 

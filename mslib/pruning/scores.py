@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..networks import unwrap
-from .channels import ChannelGraph, Network, as_graph
+from .graph import ChannelGraph, Network, as_graph
 
 Scores = dict[str, torch.Tensor]
 

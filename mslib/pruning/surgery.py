@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 
 from ..files import reason
 from ..networks import call, copied, sync_widths, tensors_in
-from .channels import ChannelGraph, Network, as_graph
+from .graph import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
