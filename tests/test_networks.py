@@ -299,7 +299,7 @@ def spatial_gate(net, x):
 
 
 class Draw:
-    """A small random network from the layers that mslib follows; the seed decides on all."""
+    """A small random network of layers that mslib follows; all of it follows from the seed."""
 
     def __init__(self, seed, kernels=(1, 3)):
         self.random, self.kernels = torch.Generator().manual_seed(seed), kernels

@@ -89,7 +89,7 @@ def test_fold_bias_is_exact_without_a_border():
 
 @pytest.mark.parametrize("conv, norm", [("a", "a"), ("a", "b"), ("b", "a")])
 def test_fold_bias_is_exact_where_a_layer_is_called_twice(conv, norm):
-    """The second calls are of convolution `conv` and BatchNorm `norm`; the first ones are "a"."""
+    """The second calls are of convolution `conv` and BatchNorm `norm`; the first, of "a"."""
 
     class Twice(nn.Module):
         def __init__(self):
