@@ -301,7 +301,7 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
         ),
         (
             {"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}},
-            r"shape \[2, 2, 3, 3\]; expected \[16, 16, 3, 3\]",
+            r"shape \[2, 2, 3, 3\]; the layer has \[16, 16, 3, 3\]",
         ),
     ],
 )

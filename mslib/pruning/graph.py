@@ -140,16 +140,42 @@ class ChannelGraph:
         Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
         does. Then the suspects that the trace had passed are cut alone, the last ones first.
         """
+        if self._probe(self._free()) is None:
+            return
+        self._trace_again()
         while (passed := self._probe(self._free())) is not None:
-            for ids, what in reversed(self.notes.rigid[: passed + 1]):
-                some = self._free() & torch.isin(self.root, self.root[ids])
-                if some.any() and self._probe(some) is not None:
-                    self.notes.keep(ids, f"{what} counts on its number of channels")
-                    break
-            else:
-                for ids in self.norms.values():
-                    self.notes.keep(ids, "the forward counts on its number of channels")
+            suspects = [s for s in self.notes.rigid[: passed + 1] if self._touched(s).any()]
+            last = (self._culprit([suspect]) for suspect in suspects[:-5:-1])
+            culprit = next(filter(None, last), None) or self._culprit(suspects)
+            for ids, what in [culprit] if culprit else suspects:
+                self.notes.keep(ids, f"{what} counts on its number of channels")
             self._settle()
+
+    def _trace_again(self) -> None:
+        """Trace with all joins known from the start: what was joined late may change the way."""
+        while True:
+            notes = Notes(self.notes.parent.clone(), dict(self.notes.made))
+            self._trace(notes, self._weights())
+            before, self.notes = self.root, notes
+            self._settle()
+            if torch.equal(before, self.root):
+                return
+
+    def _touched(self, suspect: tuple[torch.Tensor, str]) -> torch.Tensor:
+        """Bool [ids]: the free ones that go with those of the suspect."""
+        return self._free() & torch.isin(self.root, self.root[suspect[0]])
+
+    def _culprit(self, suspects: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, str] | None:
+        """The last of the suspects of which nothing can be cut, found by halving."""
+        some = torch.zeros(len(self.root), dtype=torch.bool)
+        for suspect in suspects:
+            some |= self._touched(suspect)
+        if self._probe(some) is None:
+            return None
+        if len(suspects) == 1:
+            return suspects[0]
+        middle = len(suspects) // 2
+        return self._culprit(suspects[middle:]) or self._culprit(suspects[:middle])
 
     def _free(self) -> torch.Tensor:
         """Bool [ids]: some BatchNorm scales it, and nothing keeps it."""

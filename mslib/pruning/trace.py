@@ -16,6 +16,7 @@ import math
 import torch
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -139,6 +140,11 @@ class Tracer(TorchDispatchMode):
         if own is None or own.moved:
             return False  # computed on the way, as by weight standardization
         row = self._row(x, own.layer)
+        if groups > 1 and not isinstance(self.modules.get(own.layer), _ConvNd):
+            if row:  # its number of groups stands in forward, out of reach
+                self.notes.keep(row.ids, f"{own.layer} is used by a function, in groups")
+            nothing = torch.full((out.shape[1],), NO_CHANNEL)
+            return self._label(out, Value.unknown(nothing).along(1, out.ndim))
         # A cut grouped convolution may be left with one channel a group, a depthwise one with one.
         depthwise = 1 < groups == x.shape[1] and own.layer not in self.notes.dense_before
         if row and (depthwise or own.layer in self.notes.depthwise):
@@ -282,9 +288,10 @@ class Tracer(TorchDispatchMode):
         if packet is aten.pixel_unshuffle:  # the pixels of a channel become r² channels
             made = [t.repeat_interleave(r * r) for t in row]
         elif packet is aten.pixel_shuffle:  # r² channels in a row become the pixels of one
-            places = row.ids.reshape(-1, r * r)
-            self.notes.join(places[:, :1], places)
-            made = [t.reshape(-1, r * r)[:, 0] for t in row]
+            ids, dead, constant = (t.reshape(-1, r * r) for t in row)
+            self.notes.join(ids[:, :1], ids)
+            same = (constant == constant[:, :1]).all(1)
+            made = [ids[:, 0], dead.all(1), torch.where(same, constant[:, 0], torch.nan)]
         else:
             self.notes.join_parts(row.ids, len(row.ids) // r)
             made = [t.reshape(r, -1).T.flatten() for t in row]
