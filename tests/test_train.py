@@ -485,7 +485,7 @@ WRONG = {
     "label 3: the network has 3": dict(data=labelled(lambda labels: labels + 1)),
     "label -1: the network has 3": dict(data=labelled(lambda labels: labels - 1)),
     "labels are torch.float32 .16.; expected int64": dict(data=labelled(torch.Tensor.float)),
-    "the DataLoader has no batch": dict(data=loader(DATA.train, 65, drop_last=True)),
+    "such as a DataLoader, that are not empty": dict(data=loader(DATA.train, 65, drop_last=True)),
     "a batch is a Tensor; expected a pair": dict(data=DataLoader(normalize(DATA.train.images), 16)),
     "data is a Tensor; expected": dict(data=DATA.train.images),
     "data is a generator; expected": dict(data=(batch for batch in ())),
@@ -664,6 +664,7 @@ def test_a_network_that_branches_on_what_it_sees_is_trained(monkeypatch):
 def test_freed_memory_is_kept_only_where_it_is_asked_for(monkeypatch):
     asked = []
     monkeypatch.setattr("mslib.training.loop.keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.delenv("MSLIB_KEEP_MEMORY", raising=False)
     ms.fit(small(), tiny_data(), **FAST)
     assert not asked
     monkeypatch.setenv("MSLIB_KEEP_MEMORY", "1")
