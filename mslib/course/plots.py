@@ -68,9 +68,14 @@ COLORS = {
 @contextmanager
 def style() -> Iterator[None]:
     """The course's style for a block of lines: `with ms.plots.style(): …`."""
-    mpl.get_backend()  # chosen now: what a notebook sets up with it must outlast the block
     with mpl.rc_context(STYLE):
-        yield
+        try:
+            yield
+        finally:
+            interactive = mpl.is_interactive()
+    mpl.interactive(
+        interactive
+    )  # a notebook's first figure turns it on: that must outlast the block
 
 
 class Drawing(Figure):
