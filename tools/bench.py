@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset
 
+import mslib
 from mslib.costs import cost, latency
 from mslib.data.shapes import draw_shapes
 from mslib.data.tensors import Data, Split, steps_per_epoch
@@ -67,7 +68,7 @@ def bench(
     for row in itertools.chain.from_iterable(parts):
         rows.append(row)
         say("{what}: {ours:.4g} {unit}; {theirs_is}: {theirs:.4g}; ratio {ratio:.2f}".format(**row))
-    write_json(path, {"rows": rows} | environment())
+    write_json(path, {"rows": rows, "mslib": mslib.__version__} | environment())
     return pd.DataFrame(rows)
 
 

@@ -182,7 +182,7 @@ def benchmarks() -> str:
     machine = f"{found['hardware']}, {found['threads']} threads, torch {found['torch']}"
     return (
         f"{_markdown(('measured', 'here', 'against', 'ratio'), rows)}\n\n"
-        f"`make bench`, {found['date']}, {machine}; [as JSON](data/reference/bench.json).\n"
+        f"`make bench` of mslib {found['mslib']}, {found['date']}, {machine}; [as JSON](data/reference/bench.json).\n"
     )
 
 
