@@ -179,10 +179,11 @@ def benchmarks() -> str:
         )
         for row in found["rows"]
     ]
+    made = f"`make bench` of mslib {found['mslib']}, {found['date']}"
     machine = f"{found['hardware']}, {found['threads']} threads, torch {found['torch']}"
     return (
         f"{_markdown(('measured', 'here', 'against', 'ratio'), rows)}\n\n"
-        f"`make bench` of mslib {found['mslib']}, {found['date']}, {machine}; [as JSON](data/reference/bench.json).\n"
+        f"{made}, {machine}; [as JSON](data/reference/bench.json).\n"
     )
 
 
