@@ -158,7 +158,8 @@ def untrained(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, (ResNet, VGG)):
         raise ValueError(f"{type(model).__name__}: only ms.resnet and ms.vgg can be drawn anew")
-    fresh = copy.deepcopy(model).cpu()  # the same weights whatever device drew them
+    # the same weights whatever device drew them, and in whatever layout they lay there
+    fresh = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     fresh.fc.reset_parameters()
     initialize(fresh)
     return fresh

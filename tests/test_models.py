@@ -283,3 +283,13 @@ def test_tied_weights_stay_tied_and_others_apart():
         model = resize(make(fresh), source.state_dict())
         assert (model[0].weight is model[1].weight) == given
         assert torch.equal(model[1].weight, source[1].weight)
+
+
+def test_untrained_weights_do_not_depend_on_the_layout():
+    """A network that was just trained lies in memory in another order than one that was loaded."""
+    drawn = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = ms.resnet(8).to(memory_format=layout)
+        torch.manual_seed(0)
+        drawn.append(ms.untrained(model).conv.weight)
+    assert torch.equal(*drawn)

@@ -170,7 +170,7 @@ def test_a_stored_lesson_was_executed_whole_and_holds_what_each_should(path):
     outputs = [output for c in code for output in c.outputs]
     assert not any(output.output_type == "error" for output in outputs)
     assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
-    ignored = [c for c in code if "NBVAL_IGNORE_OUTPUT" in c.source]
+    ignored = [c for c in code if "nbval-ignore-output" in c.metadata.get("tags", [])]
     assert len(ignored) <= len(code) / 2
     assert path.stat().st_size < 1_000_000
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
