@@ -535,6 +535,16 @@ def test_the_seed_decides_on_all_that_is_drawn():
     assert torch.equal(weights(0), weights(0, drawn=5)) and not torch.equal(weights(0), weights(1))
 
 
+def test_what_follows_a_loaded_run_is_what_follows_its_training(tmp_path):
+    """Cut and folded, then repaired in a folder: its identity is in the last bits of the cut."""
+    data, masks = tiny_data(), {"stage1.0.bn1": torch.arange(16) > 5}
+    for _ in range(2):
+        model = small()
+        ms.fit(model, data, **FAST, run=tmp_path / "whole")
+        cut = ms.prune(model, masks, data.example, fold_bias=True)
+        ms.fit(cut, data, **FAST, run=tmp_path / "cut")  # refused if a bit of it is another
+
+
 def test_frozen_statistics_stay_and_weights_move():
     model, before = small(), small()
     ms.fit(model, tiny_data(), **FAST, frozen_statistics=True)

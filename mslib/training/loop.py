@@ -85,7 +85,9 @@ def fit(
             if not folder.finished:
                 return training.go(folder, folder.settings["precision"], asked)
             history = folder.results(model, penalty)
-            model.to(device)
+            # as a training leaves it: what is computed from it next must come out bit for bit
+            layout = pick_layout(model, device, folder.settings["precision"])
+            model.to(device, memory_format=layout)
             training.tell(f"loaded, finished before: {epochs} epochs", history.iloc[-1])
             return history
 
