@@ -28,6 +28,7 @@ from mslib.networks import network, resnet
 from mslib.pruning.graph import ChannelGraph
 from mslib.pruning.masks import masks_for_macs
 from mslib.pruning.surgery import prune
+from mslib.training.device import pick_device
 from mslib.training.loop import fit
 from mslib.training.runs import environment
 
@@ -99,11 +100,6 @@ def _compiles() -> bool:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-def this_device() -> torch.device:
-    """Where everything is measured: the first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def this_precision() -> str:
     """The precision that `fit` takes by itself for a CIFAR ResNet on this device."""
     if torch.cuda.is_available():
@@ -118,7 +114,7 @@ def matmul_rate(precision: str, side: int | None = None, seconds: float = 0.5) -
     `side`: rows of the matrices; large enough for the device to be busy. An addition and a
     multiplication are two operations here, as processors are rated.
     """
-    device = this_device()
+    device = pick_device()
     side = side or (8192 if device.type == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -172,7 +168,7 @@ def textbook(model: nn.Module, data: Data, workers: int = 2) -> float:
 
     DataLoader, PIL transforms, fp32, PyTorch's default layout.
     """
-    device = this_device()
+    device = pick_device()
     model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(
@@ -198,7 +194,7 @@ class _Clock:
     """A penalty of nothing that notes when each epoch begins."""
 
     def __init__(self, steps: int) -> None:
-        self.steps, self.device = steps, this_device()
+        self.steps, self.device = steps, pick_device()
         self.times: list[float] = []
 
     def __call__(self) -> Tensor:
@@ -266,7 +262,7 @@ def captured(depth: int, images: int = 50_000, capture: bool = True) -> Iterator
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
     data, model = _data(Split(pixels, torch.arange(images) % 10)), resnet(depth)
     width = 2 if this_precision() == "bf16" else 4  # bytes a number
-    block = torch.empty(2**28, dtype=torch.uint8, device=this_device())
+    block = torch.empty(2**28, dtype=torch.uint8, device=pick_device())
     timer = Timer("block.clone()", globals={"block": block})
     copying = timer.blocked_autorange(min_run_time=0.5).median
     bandwidth = 2 * len(block) / copying  # it is read and written
@@ -299,7 +295,7 @@ def _lively(model: nn.Module) -> nn.Module:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.1, 1)
-    return model.eval().to(this_device())
+    return model.eval().to(pick_device())
 
 
 def speed_ups(depth: int, rounds: int, seconds: float, size: int, compiled: bool) -> Iterator[Row]:
@@ -312,7 +308,7 @@ def speed_ups(depth: int, rounds: int, seconds: float, size: int, compiled: bool
         (large, "ResNet-50", size, True, 16),
     )
     for model, name, side, residual, multiple in cuts:
-        image = torch.randn(1, 3, side, side, device=this_device())
+        image = torch.randn(1, 3, side, side, device=pick_device())
         masks = masks_for_macs(model, image, 0.5, residual, round_to=multiple)
         cut = prune(model, masks, image)
         promise = cost(model, image).macs / cost(cut, image).macs
@@ -351,7 +347,7 @@ def surgery(rounds: int, size: int) -> Iterator[Row]:
     except ImportError:
         log.warning("torch-pruning is not installed: the comparison with it is left out")
         return
-    model, image = _lively(network("resnet50")), torch.randn(1, 3, size, size, device=this_device())
+    model, image = _lively(network("resnet50")), torch.randn(1, 3, size, size, device=pick_device())
     convolutions = ChannelGraph(model, image).conv_before
     ours, theirs = float("inf"), float("inf")
     for _ in range(rounds):

@@ -12,6 +12,7 @@ ids of their channels:
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -461,7 +462,7 @@ def _apply(func, operands, kwargs):
     return func(*whole, **kwargs)
 
 
-def without_numbers(x):
+def without_numbers(x: Any) -> Any:
     return x.to("meta") if isinstance(x, torch.Tensor) and not x.is_meta else x
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -104,7 +105,7 @@ class _Training:
         self.rates = rates.tolist()  # float [epochs · steps]
         self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
 
-    def go(self, run, precision, capture):
+    def go(self, run: Any, precision: str, capture: bool) -> pd.DataFrame:
         """Train from the first step, or from the newest checkpoint of `run`, to the last."""
         network, epochs = self._prepare(run, precision, capture), self.settings.epochs
         writes = run and not parallel.rank()
@@ -238,7 +239,7 @@ class _Training:
             "penalty": penalty_state(self.penalty),
         }
 
-    def tell(self, text, row):
+    def tell(self, text: str, row: Any) -> None:
         """A line that stays."""
         top1 = "" if math.isnan(row["val_top1"]) else f", held-out top-1 {row['val_top1']:.2f} %"
         self.progress.update(f"{text}{top1}, {self.seconds:.0f} s", keep=True)
