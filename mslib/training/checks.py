@@ -82,8 +82,6 @@ def check_labels(y: torch.Tensor, outputs: int) -> None:
 def count_outputs(model: nn.Module, x: torch.Tensor) -> int:
     """How many outputs `model` has for an image, float [1, C, H, W]; ValueError if it has none."""
     weights, training, name = list(model.parameters()), model.training, type(model).__name__
-    if not any(p.requires_grad for p in weights):
-        raise ValueError(f"{name} has no parameter to train: all are frozen, or there are none")
     if x.dtype != torch.float32:
         raise ValueError(f"the images are {x.dtype}; expected float32: ms.normalize(…) makes it")
     other = [p.dtype for p in weights if p.is_floating_point() and p.dtype != torch.float32]
@@ -91,7 +89,7 @@ def count_outputs(model: nn.Module, x: torch.Tensor) -> int:
         raise ValueError(f"{name} has weights of {other[0]}; fit trains float32: model.float()")
     try:
         with torch.no_grad():
-            out = model.eval()(x.to(weights[0].device))
+            out = model.eval()(x.to(weights[0].device if weights else "cpu"))
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(f"{name} does not run on images {list(x.shape[1:])}: {error}") from error
     finally:
@@ -100,6 +98,13 @@ def count_outputs(model: nn.Module, x: torch.Tensor) -> int:
         found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
         raise ValueError(f"{name} gives {found}; fit needs a classifier, one tensor [N, classes]")
     return out.shape[1]
+
+
+def check_trainable(model: nn.Module) -> None:
+    """ValueError where no parameter of `model` would be trained."""
+    if not any(p.requires_grad for p in model.parameters()):
+        name = type(model).__name__
+        raise ValueError(f"{name} has no parameter to train: all are frozen, or there are none")
 
 
 def check_penalty(model: nn.Module, penalty: Any) -> None:
@@ -111,4 +116,18 @@ def check_penalty(model: nn.Module, penalty: Any) -> None:
         raise ValueError(
             f"{penalty!r} was made for another network, and would do nothing to this one; "
             "make it for the model that is trained"
+        )
+
+
+def check_teacher(teacher: Any, x: torch.Tensor, outputs: int) -> None:
+    """TypeError or ValueError unless `teacher` is None or gives as many `outputs` for image `x`."""
+    if teacher is None:
+        return
+    if not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher={teacher!r}: expected a trained network, such as before the cut")
+    found = count_outputs(teacher, x)
+    if found != outputs:
+        raise ValueError(
+            f"the teacher has {found} outputs and the network {outputs}; "
+            "both have to know the same classes"
         )

@@ -16,12 +16,23 @@ from torch import Tensor, nn
 
 from .. import processes as parallel
 from ..data.tensors import Data, Split, batches, steps_per_epoch
-from ..networks import batch_norms
-from .checks import Settings, as_data, check_labels, check_penalty, count_outputs, first_batch
+from ..networks import batch_norms, copied
+from .checks import (
+    Settings,
+    as_data,
+    check_labels,
+    check_penalty,
+    check_teacher,
+    check_trainable,
+    count_outputs,
+    first_batch,
+)
 from .device import keep_freed_memory, pick_device, pick_layout, pick_precision
 from .progress import Progress
-from .runs import identity, opened, penalty_state
+from .runs import identity, network_digest, opened, penalty_state
 from .schedules import MOMENTUM, learning_rates
+
+TEMPERATURE = 4.0  # softens what a teacher says: at 1 its second thoughts hardly count
 
 
 def fit(
@@ -34,6 +45,7 @@ def fit(
     schedule: str = "onecycle",
     weight_decay: float = 5e-4,
     penalty: Callable[[], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     seed: int = 0,
     run: str | Path | None = None,
     frozen_statistics: bool = False,
@@ -47,6 +59,9 @@ def fit(
         make batches of their own; or one DataLoader to train on (then val_top1 is nan).
     penalty: a callable without arguments whose scalar is added to the cross-entropy. Of an
         `ms.Penalty`, the other methods are called too.
+    teacher: a trained network, such as the one before the cut: half of the cross-entropy makes
+        room for its softened outputs at temperature 4 (distillation, Hinton et al. 2015,
+        section 2). It stays as it is.
     seed: decides on order, augmentation and dropout; the caller's random state stays as it is.
     run: a folder. A finished run in it is loaded instead of trained again; an interrupted one goes
         on from its last epoch and ends, on the CPU, with the same weights, bit for bit.
@@ -70,17 +85,21 @@ def fit(
     data, device = as_data(data, batch_size), pick_device(device)
     gpus = [device.index or 0] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):  # the caller's generators stay as they are
+        check_trainable(model)
         x, y = first_batch(data.train)
         outputs = count_outputs(model, x[:1])
         check_labels(y, outputs)
         check_penalty(model, penalty)
+        check_teacher(teacher, x[:1], outputs)
         computed = pick_precision(precision, device, model, x[:1])
         training = _Training(model, data.train, held_out, penalty, settings, device, outputs, run)
+        training.teacher = None if teacher is None else copied(teacher)
         asked = os.environ.get("MSLIB_CAPTURE") == "1" if capture is None else capture
         parallel.join(device)
         if run is None:
             return training.go(None, computed, asked)
         wanted = asdict(settings) | {"precision": computed, "processes": parallel.world()}
+        wanted["teacher"] = None if teacher is None else network_digest(teacher)
         free = ("precision",) if precision == "auto" else ()
         with opened(run, identity(model, data, penalty, wanted), free) as folder:
             if not folder.finished:
@@ -103,6 +122,7 @@ class _Training:
         self.steps = steps_per_epoch(train, settings.batch_size)
         rates = learning_rates(settings.lr, settings.epochs * self.steps, settings.schedule)
         self.rates = rates.tolist()  # float [epochs · steps]
+        self.teacher: nn.Module | None = None
         self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
 
     def go(self, run: Any, precision: str, capture: bool) -> pd.DataFrame:
@@ -129,6 +149,8 @@ class _Training:
             keep_freed_memory()
         self.precision, self.layout = precision, pick_layout(self.model, self.device, precision)
         self.model.to(self.device, memory_format=self.layout)
+        if self.teacher is not None:
+            self.teacher.to(self.device, memory_format=self.layout).eval()
         self.train, self.val = (
             split.to(self.device) if isinstance(split, Split) else split
             for split in (self.train, self.val)
@@ -195,9 +217,13 @@ class _Training:
             self._ask_penalty("step", iteration)
             self.optimizer.zero_grad()
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss = nn.functional.cross_entropy(network(x), y)
+                outputs = network(x)  # [N, classes]
+                loss = nn.functional.cross_entropy(outputs, y)
+                goal = loss
+                if self.teacher is not None:
+                    goal = (loss + self._distance(outputs, x)) / 2
             extra = self.penalty() if self.penalty is not None else torch.zeros_like(loss)
-            (loss + extra).backward()
+            (goal + extra).backward()
             self.optimizer.step()
             self._ask_penalty("proximal_step", rate / (1 - MOMENTUM))
             total, total_penalty = total + loss.detach(), total_penalty + extra.detach()
@@ -205,6 +231,13 @@ class _Training:
                 of = self.settings.epochs
                 self.progress.update(f"epoch {epoch + 1}/{of}, step {i + 1}/{self.steps}")
         return tuple(float(parallel.mean(t)) / self.steps for t in (total, total_penalty))
+
+    def _distance(self, outputs, x):
+        """T²·KL(teacher ‖ student) of the softened outputs, a scalar of the size of a loss."""
+        with torch.no_grad():
+            wanted = (self.teacher(x).float() / TEMPERATURE).softmax(1)
+        softened = (outputs.float() / TEMPERATURE).log_softmax(1)
+        return TEMPERATURE**2 * nn.functional.kl_div(softened, wanted, reduction="batchmean")
 
     def _batches(self, epoch):
         """This process's share of every training batch, on the device."""

@@ -53,15 +53,19 @@ def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
         known = json.loads(json.dumps(known, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
-    layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
-    named = (model.named_parameters, model.named_buffers)
-    tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
     return settings | {
         "penalty": known,
         "data": data.fingerprint,
-        "layers": hashlib.sha256(layers).hexdigest(),
-        "weights": digest(tensors),
+        **network_digest(model),
     }
+
+
+def network_digest(model: nn.Module) -> dict[str, str]:
+    """What a network is: a digest of its layers, one of the bytes of its weights and buffers."""
+    layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
+    named = (model.named_parameters, model.named_buffers)
+    tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
+    return {"layers": hashlib.sha256(layers).hexdigest(), "weights": digest(tensors)}
 
 
 def check_settings(folder: Path, have: dict, want: dict) -> None:
