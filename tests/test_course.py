@@ -263,10 +263,10 @@ def test_without_a_checkout_commands_say_what_they_need(words, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2 and not list(tmp_path.iterdir())
     assert "which the installed package does not hold" in capsys.readouterr().err
-    cfg = ms.config("quick")
+    cfg = ms.config("quick", runs="mine")
     with pytest.raises(FileNotFoundError, match="lesson 01_baseline needs the course's notebooks"):
         ms.require("01_baseline", cfg)
-    assert ms.stage("01_baseline", ms.config("quick", runs="mine")).path.is_relative_to(tmp_path)
+    assert ms.stage("01_baseline", cfg).path.is_relative_to(tmp_path)
 
 
 def test_help_and_figures_change_nothing():

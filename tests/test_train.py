@@ -172,6 +172,7 @@ def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_pa
         assert found >= newest  # no epoch is trained twice once it has been written
         newest = found
     assert kills
+    trainings.start(folder).join()  # the last may have been killed while it tidied up
     same_run(whole, folder)
 
 

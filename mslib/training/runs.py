@@ -184,6 +184,9 @@ class Run:
             raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
         else:
             write_json(file, self.settings)
+        # what a killed process was writing, or had no time to remove
+        for path in self.checkpoints() if self.finished else self.path.glob(".*.part*"):
+            path.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
         """Paths of the checkpoints, newest first."""
@@ -222,7 +225,7 @@ class Run:
         told = {"epochs": rows, "seconds": round(state["seconds"])} | environment()
         write_json(self.path / "history.json", told)
         for path in self.checkpoints():
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def results(self, model: nn.Module, penalty: Any) -> pd.DataFrame:
         """Give `model` and `penalty` what the finished run ended with; return its history."""
