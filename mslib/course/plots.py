@@ -4,8 +4,10 @@ The same method has the same colour everywhere. Every function draws in the cour
 leaves the defaults of matplotlib as they are; `style` lends it to the lines of a lesson.
 """
 
+import inspect
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,26 @@ def _with_text(figure: Drawing) -> tuple[bytes, dict[str, str]]:
     from IPython.core.pylabtools import print_figure
 
     return print_figure(figure), {"alt": figure.get_suptitle()}
+
+
+def slider(
+    draw: Callable[[Any], Any], values: Sequence[Any], label: str, start: Any = None
+) -> None:
+    """The figure that `draw(value)` makes, under a slider over `values` called `label`.
+
+    In a batch run, which nobody watches, the figure of `start` alone (default: in the middle).
+    """
+    start = values[len(values) // 2] if start is None else start
+    if "MSLIB_LOG" in os.environ:
+        draw(start)
+        return
+    from ipywidgets import SelectionSlider, interact
+
+    options = [(value if isinstance(value, str) else f"{value:g}", value) for value in values]
+    chosen = SelectionSlider(
+        options=options, value=start, description=label, continuous_update=False
+    )
+    interact(draw, **{next(iter(inspect.signature(draw).parameters)): chosen})
 
 
 def color(name: str) -> Any:

@@ -65,6 +65,9 @@ class Config(BaseModel):
         0.1, 1, "share of the training images held out for choosing", also=(9,), gt=0, le=0.5
     )
     depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2", ge=8, le=1202)
+    width: float = _setting(
+        1.0, 1, "channels of the ResNet, as a share of 16, 32 and 64", gt=0, le=4
+    )
     seed: int = _setting(
         0,
         1,
@@ -189,17 +192,21 @@ class Config(BaseModel):
 SETTINGS = {n: f for n, f in Config.model_fields.items() if n not in ("preset", "runs")}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # shapes on 16×16 pixels: minutes on a CPU; the short runs need a strong λ (see ms.push)
+    # shapes on 16×16 pixels, a narrow network: minutes on a CPU; the short runs need a strong λ
+    # (see ms.push)
     "quick": dict(
         dataset="shapes",
         image_size=16,
-        batch_size=32,
-        epochs=7,
+        train_size=8000,
+        val=0.25,
+        width=0.5,
+        batch_size=64,
+        epochs=8,
         lr=0.1,
         sparse_epochs=3,
         sparse_lr=0.05,
-        global_strength=8e-3,
-        masked_strength=2.1e-2,
+        global_strength=1.5e-2,
+        masked_strength=8e-2,
         finetune_epochs=2,
         finetune_lr=0.05,
         own_sparse_epochs=3,

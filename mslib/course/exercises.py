@@ -1,0 +1,87 @@
+"""The functions that readers write in the lessons, and a check that says what is off with one.
+
+An exercise is a function of ours, what it is tried on, and what a wrong result suggests. Add one by
+`@exercise(cases)` above a solution that has the name the lesson asks for; its docstring is the
+hint that a reader gets who is stuck.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+Case = tuple[Any, ...]  # the arguments of one call
+
+_SOLUTIONS: dict[str, tuple[Callable, Sequence[Case]]] = {}
+
+
+def exercise(*cases: Case) -> Callable:
+    """Register the function below as the solution of the exercise that has its name."""
+
+    def register(solution: Callable) -> Callable:
+        _SOLUTIONS[solution.__name__] = solution, cases
+        return solution
+
+    return register
+
+
+def check(attempt: Callable) -> None:
+    """Say whether `attempt` does what the exercise of its name asks for, and if not, where."""
+    print(verdict(attempt))
+
+
+def verdict(attempt: Callable) -> str:
+    """ "Right …", "Not yet …" for an empty function, or what goes wrong in the first wrong case.
+
+    Raises ValueError for a function whose name is no exercise.
+    """
+    name = attempt.__name__
+    if name not in _SOLUTIONS:
+        raise ValueError(f"no exercise is called {name!r}; there are {', '.join(_SOLUTIONS)}")
+    solution, cases = _SOLUTIONS[name]
+    hint = " ".join((solution.__doc__ or "").split())
+    for case in cases:
+        call = f"{name}({', '.join(map(_shown, case))})"
+        wanted = solution(*deepcopy(case))
+        try:
+            found = attempt(*deepcopy(case))
+        except Exception as error:  # of the reader's making: of any kind
+            return f"{call} raises {type(error).__name__}: {error}\nHint: {hint}"
+        if found is None:
+            return f"Not yet: {name} returns nothing. Fill it in and run this cell again."
+        if not _same(found, wanted):
+            told = f"{call}\n  gives    {_shown(found)}\n  expected {_shown(wanted)}"
+            return f"Not quite:\n{told}\nHint: {hint}"
+    return f"Right: {name} is as it should be, in {len(cases)} cases."
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        alike = isinstance(found, dict) and found.keys() == wanted.keys()
+        return alike and all(_same(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, (list, tuple)):
+        alike = isinstance(found, (list, tuple)) and len(found) == len(wanted)
+        return alike and all(map(_same, found, wanted))
+    try:
+        a, b = torch.as_tensor(found).double(), torch.as_tensor(wanted).double()
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line."""
+    if isinstance(value, torch.Tensor):
+        value = [round(v, 4) if isinstance(v, float) else v for v in value.flatten().tolist()]
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# ---- 02 · global sparsity ----------------------------------------------------------------------
+
+
+@exercise((1e-2, [0.1, 0.1]), (2e-3, [0.05, 0.02, 0.0], 0.5), (1.0, torch.linspace(0, 0.1, 11)))
+def push(strength: float, rates: Any, momentum: float = 0.9) -> float:
+    """Each step moves γ by about lr·λ, and momentum repeats a lasting step 1 / (1 - m) times."""
+    return sum(float(rate) for rate in rates) * strength / (1 - momentum)
