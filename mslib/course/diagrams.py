@@ -6,8 +6,9 @@ Each is a card with a white ground and dark ink, legible on light and on dark pa
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
 from .plots import COLORS, figure, style
 
@@ -129,3 +130,95 @@ def block() -> None:
         _arrow(ax, (x, 1.78), (4.8, 3.3), QUIET, **looks)
     words = "shortcut: the residual channels, shared by all blocks of a stage"
     _text(ax, 4.8, 3.45, words, 8.5, color=QUIET)
+
+
+# ---- 04 · pruning ------------------------------------------------------------------------------
+
+SHARED, INNER = COLORS["global"], COLORS["masked"]  # channels of a stage, of one block
+
+
+def _node(ax: Axes, x: float, y: float, text: str, fill: Any = "white", width: float = 1.3) -> None:
+    """A layer: a box with its centre at (x, y)."""
+    round_corners = "round,pad=0,rounding_size=0.15"
+    looks: Any = dict(fc=fill, ec=INK, lw=1, zorder=4)
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.45), width, 0.9, round_corners, **looks))
+    _text(ax, x, y, text, 8.5, color=INK if fill == "white" else "white", zorder=5)
+
+
+def _strands(ax: Axes, way: list[tuple[float, float]], ink: Any, dropped: int = -1) -> None:
+    """Four channels side by side along a way of corners; the one numbered `dropped` dashed."""
+    corners = np.array(way, dtype=float)  # [corners, 2]
+    steps = np.diff(corners, axis=0)
+    steps /= np.linalg.norm(steps, axis=1, keepdims=True)
+    aside = np.stack([-steps[:, 1], steps[:, 0]], axis=1)  # the normal of each stretch
+    # at a right angle the sum of both normals leads to the shifted corner
+    turns = [aside[0], *(one + two for one, two in zip(aside, aside[1:])), aside[-1]]
+    for strand in range(4):
+        x, y = (corners + 0.17 * (1.5 - strand) * np.array(turns)).T
+        dashed: Any = dict(ls=(0, (1.5, 1.2))) if strand == dropped else {}
+        ax.plot(x, y, color=ink, lw=2, solid_capstyle="butt", zorder=2, **dashed)
+
+
+@style()
+def shared_channels() -> None:
+    """A stage of two residual blocks: which channels the additions tie together, which are free."""
+    title = "Additions tie the channels of a stage together; inner channels stand alone"
+    ax = _card(title, 9.5, 3.3)
+    ax.set(xlim=(0, 22.4), ylim=(0, 7.4))
+    low, high = 1.6, 4.9  # the residual stream; the branches of the blocks
+    where: Any = dict(ha="center", fontsize=9.5, color=INK, weight="bold")
+    _strands(ax, [(1, low), (21.5, low)], SHARED)
+    _arrow(ax, (21.5, low), (22.2, low), SHARED, mutation_scale=22)
+    _node(ax, 1.2, low, "conv")
+    _node(ax, 3.0, low, "bn", SHARED)
+    for number, left in enumerate((4.4, 13.1)):
+        conv1, bn1, conv2, bn2 = (left + step for step in (1.3, 3.0, 4.7, 6.4))
+        plus = left + 7.5
+        _strands(ax, [(left, low), (left, high), (conv1, high)], SHARED)
+        _strands(ax, [(conv1, high), (conv2, high)], INNER, dropped=number + 1)
+        _strands(ax, [(conv2, high), (plus, high), (plus, low)], SHARED)
+        _node(ax, conv1, high, f"{number}.conv1")
+        _node(ax, bn1, high, f"{number}.bn1", INNER)
+        _node(ax, conv2, high, f"{number}.conv2")
+        _node(ax, bn2, high, f"{number}.bn2", SHARED)
+        ax.add_patch(Circle((plus, low), 0.5, fc="white", ec=INK, zorder=4))
+        ax.text(plus, low, "+", ha="center", va="center", fontsize=14, color=INK, zorder=5)
+        ax.text(bn1, high + 1.4, "inner channels", **where)
+        ax.text(bn1, high + 0.75, "the dashed one may go alone", ha="center", fontsize=9, color=INK)
+    ax.text(11.2, 0.45, "shared channels: they go from bn, 0.bn2 and 1.bn2, or from none", **where)
+
+
+def _map(ax: Axes, x: float, y: float, pattern: np.ndarray, edge: Any = INK) -> None:
+    """One channel as a small picture with its centre at (x, y)."""
+    left, right, low, high = extent = (x - 0.6, x + 0.6, y - 0.6, y + 0.6)
+    ax.imshow(pattern, cmap="Greys", vmin=0, vmax=1.6, extent=extent, zorder=3)
+    frame = dict(color=edge, lw=1 if edge == INK else 2, zorder=4)
+    ax.plot([left, right, right, left, left], [low, low, high, high, low], **frame)
+
+
+@style()
+def folding() -> None:
+    """Where the constant goes that a dropped channel still sends into the next convolution."""
+    ax = _card("Folding moves the constant of a dropped channel", 9.5, 3.5)
+    ax.set(xlim=(0, 21), ylim=(0, 7.6))
+    across, down = np.meshgrid(np.arange(6), np.arange(6))
+    patterns = [(across * 2 + down) % 5 / 4, (across - down) % 4 / 3]
+    where: Any = dict(fontsize=9, color=INK, va="center")
+    for left, heading in ((0.2, "before the cut"), (11.4, "after the cut, folded")):
+        ax.text(left + 0.4, 7.1, heading, fontsize=10.5, weight="bold", color=INK)
+        for y, pattern in zip((5.8, 4.2), patterns):
+            _map(ax, left + 1, y, pattern)
+            _arrow(ax, (left + 1.7, y), (left + 3.1, 4.2 + (y - 4.2) * 0.2))
+        _node(ax, left + 3.9, 4.2, "conv2", width=1.5)
+        _arrow(ax, (left + 4.7, 4.2), (left + 5.7, 4.2))
+    _node(ax, 7.4, 4.2, "bn2:  z − μ", width=2.9)
+    _node(ax, 18.6, 4.2, "bn2:  z − (μ − c)", SHARED, width=2.9)
+    _map(ax, 1.2, 2.0, np.full((6, 6), 0.5), SHARED)
+    _arrow(ax, (1.9, 2.0), (3.5, 3.65), SHARED, lw=2)
+    ax.text(4.1, 2.9, "adds the constant c = Σ W · relu(β)", **where)
+    ax.text(0.6, 0.8, "γ = 0: relu(β), the same for\nevery pixel and every image", **where)
+    _map(ax, 12.4, 2.0, np.zeros((6, 6)), SHARED)
+    for ends in ([1.4, 2.6], [2.6, 1.4]):
+        ax.plot([11.8, 13.0], ends, color=SHARED, lw=2, zorder=5)
+    _arrow(ax, (13.2, 2.0), (18.6, 3.7), SHARED, lw=2, connectionstyle="arc3,rad=0.3")
+    ax.text(14.2, 0.8, "the constant moves into the mean\nthat bn2 subtracts", **where)
