@@ -192,7 +192,7 @@ def _map(ax: Axes, x: float, y: float, pattern: np.ndarray, edge: Any = INK) -> 
     """One channel as a small picture with its centre at (x, y)."""
     left, right, low, high = extent = (x - 0.6, x + 0.6, y - 0.6, y + 0.6)
     ax.imshow(pattern, cmap="Greys", vmin=0, vmax=1.6, extent=extent, zorder=3)
-    frame = dict(color=edge, lw=1 if edge == INK else 2, zorder=4)
+    frame: Any = dict(color=edge, lw=1 if edge == INK else 2, zorder=4)
     ax.plot([left, right, right, left, left], [low, low, high, high, low], **frame)
 
 
@@ -201,8 +201,8 @@ def folding() -> None:
     """Where the constant goes that a dropped channel still sends into the next convolution."""
     ax = _card("Folding moves the constant of a dropped channel", 9.5, 3.5)
     ax.set(xlim=(0, 21), ylim=(0, 7.6))
-    across, down = np.meshgrid(np.arange(6), np.arange(6))
-    patterns = [(across * 2 + down) % 5 / 4, (across - down) % 4 / 3]
+    pixels = np.arange(36).reshape(6, 6)
+    patterns = [pixels * 3 % 7 / 6, pixels * 5 % 4 / 3]
     where: Any = dict(fontsize=9, color=INK, va="center")
     for left, heading in ((0.2, "before the cut"), (11.4, "after the cut, folded")):
         ax.text(left + 0.4, 7.1, heading, fontsize=10.5, weight="bold", color=INK)

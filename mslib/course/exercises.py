@@ -5,6 +5,7 @@ An exercise is a function of ours, what it is tried on, and what a wrong result 
 hint that a reader gets who is stuck.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -85,3 +86,54 @@ def _shown(value: Any) -> str:
 def push(strength: float, rates: Any, momentum: float = 0.9) -> float:
     """Each step moves γ by about lr·λ, and momentum repeats a lasting step 1 / (1 - m) times."""
     return sum(float(rate) for rate in rates) * strength / (1 - momentum)
+
+
+# ---- 03 · masked regularization ----------------------------------------------------------------
+
+
+@exercise(
+    (torch.tensor([0.9, 0.4, 0.03]), torch.tensor([True, False, False]), 0.1),
+    (torch.tensor([-0.9, -0.4, 0.05, 0.2]), torch.tensor([False, False, True, True]), 0.5),
+    (torch.tensor([0.3, -0.02]), torch.tensor([False, False]), 0.02),
+)
+def proximal_step(gamma: torch.Tensor, keep: torch.Tensor, shrink: float) -> torch.Tensor:
+    """Only dropped channels move: toward zero by `shrink`; those that are nearer end at zero."""
+    shrunk = gamma.sign() * (gamma.abs() - shrink).clamp(min=0)
+    return torch.where(keep, gamma, shrunk)
+
+
+# ---- 04 · pruning ------------------------------------------------------------------------------
+
+
+@exercise(
+    (
+        torch.arange(6.0).reshape(3, 2, 1, 1),
+        torch.tensor([0.5, 0.0, 0.7]),
+        torch.arange(12.0).reshape(4, 3, 1, 1),
+        torch.tensor([True, False, True]),
+    ),
+    (
+        torch.arange(16.0).reshape(4, 1, 2, 2),
+        torch.arange(4.0),
+        torch.arange(32.0).reshape(2, 4, 2, 2),
+        torch.tensor([False, True, True, False]),
+    ),
+)
+def cut_pair(
+    first: torch.Tensor, gamma: torch.Tensor, second: torch.Tensor, keep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A channel is an output of the first convolution, axis 0, and an input of the second, axis
+    1."""
+    return first[keep], gamma[keep], second[:, keep]
+
+
+# ---- 05 · fine-tuning --------------------------------------------------------------------------
+
+
+@exercise((0, 10, 0.1), (1, 100, 0.05), (50, 100, 1.0), (99, 100, 0.2))
+def one_cycle(t: int, steps: int, top: float) -> float:
+    """Compare (t + 1) / (0.2 * steps) with 1; the cosine gets π times (t / steps - 0.2) / 0.8."""
+    rise = (t + 1) / (0.2 * steps)
+    if rise < 1:
+        return top * rise
+    return top * (1 + math.cos(math.pi * (t / steps - 0.2) / 0.8)) / 2
