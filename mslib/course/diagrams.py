@@ -3,7 +3,6 @@
 Each is a card with a white ground and dark ink, legible on light and on dark pages.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
 from .plots import COLORS, figure, style
+
+Point = tuple[float, float]  # x, y, in inches
 
 INK, QUIET = "#222222", "#777777"
 FILLS = {  # of a box: the question that its lesson answers
@@ -38,15 +39,14 @@ def _box(ax: Axes, x: float, y: float, w: float, h: float, fill: Any, edge: str 
 
 def _text(ax: Axes, x: float, y: float, text: str, size: float = 9, **looks: Any) -> None:
     """Centred text."""
-    ax.text(x, y, text, **{"ha": "center", "va": "center", "color": INK, "fontsize": size} | looks)
+    usual: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "fontsize": size}
+    ax.text(x, y, text, **usual | looks)
 
 
-def _arrow(
-    ax: Axes, start: Sequence[float], end: Sequence[float], ink: Any = INK, **looks: Any
-) -> None:
-    """An arrow from `start` to `end`, each (x, y)."""
-    looks = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "color": ink} | looks
-    ax.add_patch(FancyArrowPatch(tuple(start), tuple(end), shrinkA=0, shrinkB=0, **looks))
+def _arrow(ax: Axes, start: Point, end: Point, ink: Any = INK, **looks: Any) -> None:
+    """An arrow from `start` to `end`."""
+    usual: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "color": ink}
+    ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **usual | looks))
 
 
 @style()
@@ -56,7 +56,7 @@ def pipeline() -> None:
     widths, weights, damage, every, none = FILLS
     line = [
         ("01", "Baseline", none, "trained\nnetwork"),
-        ("02", "Global\nsparsity", widths, "mask: which\nchannels stay"),
+        ("02", "Global\nsparsity", widths, "mask:\nchannels\nto keep"),
         ("03", "Masked\nregularization", damage, "dropped\nchannels\nat zero"),
         ("04", "Pruning", damage, "small\nnetwork"),
         ("05", "Fine-tuning", weights, ""),
@@ -145,7 +145,7 @@ def _node(ax: Axes, x: float, y: float, text: str, fill: Any = "white", width: f
     _text(ax, x, y, text, 8.5, color=INK if fill == "white" else "white", zorder=5)
 
 
-def _strands(ax: Axes, way: list[tuple[float, float]], ink: Any, dropped: int = -1) -> None:
+def _strands(ax: Axes, way: list[Point], ink: Any, dropped: int = -1) -> None:
     """Four channels side by side along a way of corners; the one numbered `dropped` dashed."""
     corners = np.array(way, dtype=float)  # [corners, 2]
     steps = np.diff(corners, axis=0)
