@@ -36,6 +36,9 @@ def test_phase_is_what_fit_needs():
     assert cfg.phase("baseline") == {"epochs": cfg.epochs, "lr": 0.3, **common}
     assert cfg.phase("sparse") == {"epochs": cfg.sparse_epochs, "lr": 0.2, **common}
     assert cfg.phase("finetune") == {"epochs": 9, "lr": cfg.finetune_lr, **common}
+    growing = ms.config("quick", growing_lr=1e-3, growing_schedule="constant").phase("growing")
+    assert growing["epochs"] == cfg.sparse_epochs and growing["lr"] == 1e-3
+    assert growing["schedule"] == "constant" and cfg.phase("growing") == cfg.phase("sparse")
 
 
 def test_auto_is_quick_without_a_gpu(monkeypatch):
