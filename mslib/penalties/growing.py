@@ -100,8 +100,8 @@ class GrowingL2(Penalty):
         """Settings for a run of learning rates `rates`, float [iterations].
 
         r grows to `ceiling` in a `share` of the run and is held for the rest. `exponent`: for
-        GReg-2, which judges in the first third of the growing: there the common factor shrinks a weight
-        that nothing holds to about exp(-exponent).
+        GReg-2, which judges in the first third of the growing: there the common factor shrinks a
+        weight that nothing holds to about exp(-exponent).
         """
         if not 0 < share <= 1:
             raise ValueError(
