@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .results import half_width
+
 Case = tuple[Any, ...]  # the arguments of one call
 
 _SOLUTIONS: dict[str, tuple[Callable, Sequence[Case]]] = {}
@@ -85,3 +87,8 @@ def _shown(value: Any) -> str:
 def push(strength: float, rates: Any, momentum: float = 0.9) -> float:
     """Each step moves γ by about lr·λ, and momentum repeats a lasting step 1 / (1 - m) times."""
     return sum(float(rate) for rate in rates) * strength / (1 - momentum)
+
+
+# ---- 08 · comparing methods --------------------------------------------------------------------
+
+exercise(([0.1, -0.2, 0.4],), ([1.0, 1.25],), ([0.3, 0.1, 0.2, -0.1, 0.0],))(half_width)

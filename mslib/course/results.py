@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -104,14 +104,15 @@ def decisions(table: pd.DataFrame, afterwards: Mapping[str, str]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def half_width(differences: pd.Series) -> float:
-    """Half the 95 % interval of the mean of paired differences (Student's t); inf for one alone."""
+def half_width(differences: Sequence[float] | pd.Series) -> float:
+    """Half the 95 % interval of a mean of n paired differences: t · s / √n, with Student's t and
+    the standard deviation s over n - 1; infinite for one difference alone."""
     from scipy import stats
 
     n = len(differences)
     if n < 2:
         return math.inf
-    return float(stats.t.ppf(0.975, n - 1) * differences.std() / math.sqrt(n))
+    return float(stats.t.ppf(0.975, n - 1) * pd.Series(differences).std() / math.sqrt(n))
 
 
 def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:
