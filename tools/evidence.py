@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 import mslib as ms
+from mslib.data.tensors import steps_per_epoch
 from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
@@ -86,7 +87,7 @@ class Recovery:
         if method in self.prepared:
             return self.prepared[method]
         s, net, example = self.s, self.baseline(), self.data.example
-        steps = s["prepare"] * (len(self.data.train) // 128)
+        steps = s["prepare"] * steps_per_epoch(self.data.train, 128)
         rates = ms.learning_rates(s["repair_lr"], steps)
         reach = ms.push(1.0, s["repair_lr"], steps)
         penalty, masks, run = None, None, self.runs / method
