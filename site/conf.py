@@ -1,6 +1,7 @@
 """How Sphinx makes the site. `make site` puts together what it reads (tools/pages.py)."""
 
 import hashlib
+import inspect
 import json
 import re
 from base64 import b64decode
@@ -28,6 +29,7 @@ html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "mslib"
 html_baseurl = f"https://{owner}.github.io/{repository}/"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
@@ -43,6 +45,7 @@ html_theme_options = {
         "notebook_interface": "jupyterlab",
     },
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # search stands in the sidebar
     "show_toc_level": 2,
     # both pass WCAG's contrast for text
     "pygments_light_style": "a11y-high-contrast-light",
@@ -50,7 +53,6 @@ html_theme_options = {
 }
 
 autodoc_typehints_format = "short"
-python_maximum_signature_line_length = 80
 # what other packages define has no page here, and without a network no list of theirs is at hand
 nitpick_ignore_regex = [
     ("py:.*", r"(?:torch|nn|np|numpy|pd|pandas|matplotlib|collections|pathlib|typing)\..*"),
@@ -70,7 +72,7 @@ def _escaped(text: str) -> str:
     parts = re.split(r"(`[^`]+`)", text)
     for i, part in enumerate(parts):
         if not part.startswith("`"):
-            parts[i] = SPECIAL.sub(r"\\\1", part)
+            parts[i] = SPECIAL.sub(r"\\\1", part.replace("->", "→"))
         elif part[1:-1] in ms.__all__ and part != "`plots`":
             parts[i] = f"\\ :py:obj:`~mslib.{part[1:-1]}`\\ "
         else:
@@ -78,24 +80,35 @@ def _escaped(text: str) -> str:
     return "".join(parts)
 
 
-def _paragraph(text: str) -> str:
-    """A paragraph keeps its form: code as code, hanging lines as lines, anything else flows."""
+def _paragraph(text: str, names: list[str]) -> str:
+    """A paragraph keeps its form: code as code, lists as lists, anything else flows.
+
+    Each argument in `names` that is explained ("name: what it means") begins a line of its own.
+    """
     if all(line.startswith("    ") for line in text.splitlines()):
         return f"::\n\n{text}"
     if text.startswith("- "):
         return _escaped(text)
-    if HANGING.search(text):  # "name: what it means", its further lines indented
-        lines = re.split(r"\n(?=\S)", _escaped(text))
-        return "\n".join(
-            "| " + "\n  ".join(part.strip() for part in line.splitlines()) for line in lines
-        )
-    return _escaped(text)
+    if HANGING.search(text):  # the further lines of an argument are indented
+        lines = re.split(r"\n(?=\S)", text)
+    else:
+        name = rf"`?(?:{'|'.join(names) or '(?!)'})`?"
+        explained = rf"{name}(?:, {name})*(?: \([^)]*\))?: "
+        lines = re.split(rf"(?<=[.;])\s(?={explained}|Raises )", " ".join(text.split()))
+        if not re.match(explained, lines[0]):
+            return "\n\n".join(_escaped(line) for line in lines)
+    return "\n".join(f"| {_escaped(' '.join(line.split()))}" for line in lines)
 
 
 def plain(app, what, name, found, options, lines):
     """Docstrings were written to be read as they are: show them so, with their names linked."""
+    try:
+        names = [re.escape(n) for n in inspect.signature(found).parameters]
+    except (TypeError, ValueError):
+        names = []
     paragraphs = re.split(r"\n\s*\n", "\n".join(lines).rstrip())
-    lines[:] = "\n\n".join(_paragraph(p.rstrip()) for p in paragraphs).splitlines() + [""]
+    made = [_paragraph(p.rstrip(), names) for p in paragraphs]
+    lines[:] = [*"\n\n".join(made).splitlines(), ""]
 
 
 # ---- figures: the words that a lesson keeps beside each picture ----------------------------------
