@@ -230,6 +230,7 @@ def tab(chromium, address):
 
     def opened(width=1400, **kwargs):
         contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, **kwargs))
+        contexts[-1].set_default_timeout(60_000)  # of a busy machine
         page = contexts[-1].new_page()
         page.on("request", lambda request: asked.append(request.url))
         return page
@@ -253,17 +254,21 @@ def test_search_theme_and_navigation_work(tab, address):
     found = page.locator("#search-results a[href*='notebooks/']")
     found.first.wait_for()
     found.first.click()
-    assert "/notebooks/" in page.url and "momentum" in page.inner_text("article")
+    page.wait_for_url("**/notebooks/*")
+    assert "momentum" in page.inner_text("article")
 
     page.goto(address + LESSON_PAGES[0])
     page.locator(".theme-switch-button:visible").first.click()
     page.locator(".theme-change-button[data-mode='dark']:visible").first.click()
     assert theme(page) == "dark"
     page.locator("a.right-next").click()
+    page.wait_for_url(f"**/{LESSON_PAGES[1]}")
     assert page.url == address + LESSON_PAGES[1] and theme(page) == "dark"
 
-    page.locator("article details > summary").first.click()
-    assert page.locator("article details .highlight").first.is_visible()
+    solution = page.locator("article details:has(.highlight)").first
+    assert not solution.locator(".highlight").first.is_visible()
+    solution.locator("> summary").click()
+    assert solution.locator(".highlight").first.is_visible()
 
 
 @pytest.mark.parametrize("name", ["index.html", LESSON_PAGES[2], "results.html", "api.html"])
