@@ -57,7 +57,7 @@ class Recovery:
         self.s, self.data, self.table = s, data, table
         self.shared = runs / f"resnet{s['depth']}-seed{s['seed']}"
         self.runs = self.shared / f"{s['reduction']}"
-        self.prepared: dict[str, tuple[nn.Module, Masks | None]] = {}
+        self.prepared: dict[str, tuple[nn.Module, Masks]] = {}
 
     def baseline(self) -> nn.Module:
         torch.manual_seed(self.s["seed"])
@@ -90,7 +90,10 @@ class Recovery:
         steps = s["prepare"] * steps_per_epoch(self.data.train, 128)
         rates = ms.learning_rates(s["repair_lr"], steps)
         reach = ms.push(1.0, s["repair_lr"], steps)
-        penalty, masks, run = None, None, self.runs / method
+        penalty: Any = None
+        masks: Any = None  # until it is known what to cut
+        pace: dict[str, Any]
+        run = self.runs / method
         if method == "global":
             penalty, run = ms.GlobalL1(net, example, s["global_push"] / reach), self.shared / method
         elif method == "masked-global":
