@@ -92,7 +92,7 @@ class Recovery:
         reach = ms.push(1.0, s["repair_lr"], steps)
         penalty: Any = None
         masks: Any = None  # until it is known what to cut
-        pace: dict[str, Any]
+        pace: Any
         run = self.runs / method
         if method == "global":
             penalty, run = ms.GlobalL1(net, example, s["global_push"] / reach), self.shared / method
