@@ -55,7 +55,7 @@ def pipeline() -> None:
     widths, weights, damage, every, none = FILLS
     line = [
         ("01", "Baseline", none, "trained\nnetwork"),
-        ("02", "Global\nsparsity", widths, "mask: which\nchannels stay"),
+        ("02", "Global\nsparsity", widths, "mask:\nchannels\nto keep"),
         ("03", "Masked\nregularization", damage, "dropped\nchannels\nat zero"),
         ("04", "Pruning", damage, "small\nnetwork"),
         ("05", "Fine-tuning", weights, ""),
