@@ -61,7 +61,7 @@ COLORS = {
     "greg-1": _palette[9],
     "greg-2": _palette[6],
     "random": _palette[7],
-    "uniform": _palette[8],
+    "uniform": "#9a8700",  # the palette's yellow is too pale for a line
     "l1-norm": _palette[3],
     "flow": _palette[4],
     "length + curvature": _palette[8],
