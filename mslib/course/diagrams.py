@@ -3,13 +3,14 @@
 Each is a card with a white ground and dark ink, legible on light and on dark pages.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .plots import COLORS, figure, style
+
+Point = tuple[float, float]  # x, y, in inches
 
 INK, QUIET = "#222222", "#777777"
 FILLS = {  # of a box: the question that its lesson answers
@@ -37,15 +38,14 @@ def _box(ax: Axes, x: float, y: float, w: float, h: float, fill: Any, edge: str 
 
 def _text(ax: Axes, x: float, y: float, text: str, size: float = 9, **looks: Any) -> None:
     """Centred text."""
-    ax.text(x, y, text, **{"ha": "center", "va": "center", "color": INK, "fontsize": size} | looks)
+    usual: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "fontsize": size}
+    ax.text(x, y, text, **usual | looks)
 
 
-def _arrow(
-    ax: Axes, start: Sequence[float], end: Sequence[float], ink: Any = INK, **looks: Any
-) -> None:
-    """An arrow from `start` to `end`, each (x, y)."""
-    looks = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "color": ink} | looks
-    ax.add_patch(FancyArrowPatch(tuple(start), tuple(end), shrinkA=0, shrinkB=0, **looks))
+def _arrow(ax: Axes, start: Point, end: Point, ink: Any = INK, **looks: Any) -> None:
+    """An arrow from `start` to `end`."""
+    usual: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "color": ink}
+    ax.add_patch(FancyArrowPatch(start, end, shrinkA=0, shrinkB=0, **usual | looks))
 
 
 @style()
