@@ -149,7 +149,9 @@ def test_papermill_by_hand_takes_up_a_stage_that_was_carried_to_another_place(
     shutil.copytree(ms.stage("01_baseline", here).path, carried)
     before = {p: p.stat().st_mtime_ns for p in carried.rglob("*")}
     source, out = ROOT / "notebooks" / "02_global_sparsity.ipynb", tmp_path / "out.ipynb"
-    own = {"preset": "full", "reduction": given.pop("reduction"), "overrides": given}
+    listed = papermill.inspect_notebook(str(source)).keys() & given.keys()
+    own = {"preset": "full"} | {name: given.pop(name) for name in listed} | {"overrides": given}
+    assert "reduction" in own and "runs" in given
     how = dict(kernel_name="python3", progress_bar=False, cwd=str(tmp_path))
     papermill.execute_notebook(str(source), str(out), own, **how)
     assert "reduction        0.6303 " in json.dumps(nbformat.read(out, 4))
