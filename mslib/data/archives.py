@@ -9,13 +9,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from .images import SUFFIXES, DataError, open_file
 
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val"}
 DEEPEST = 5  # folders within folders: a link to a folder above its own would have no end
-UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 HEADERS = 2**16  # bytes that a tar may hold about one file: its name, its times, what else is known
 
 
@@ -34,9 +34,9 @@ def opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], IO[bytes]]]]
         else:
             with _unpacked(path) as file:
                 tar = _Tar(file)
-                archive = tarfile.open(fileobj=cast(IO[bytes], tar), mode="r:")
-                members = dict(_members(archive, tar, path))
-                yield list(members), lambda name: cast(IO, archive.extractfile(members[name]))
+                files = tarfile.open(fileobj=cast(IO[bytes], tar), mode="r:")
+                members = dict(_members(files, tar, path))
+                yield list(members), lambda name: cast(IO, files.extractfile(members[name]))
     except DataError:
         raise
     except Exception as error:  # zipfile and tarfile raise many kinds for a damaged archive
@@ -122,7 +122,7 @@ def _unpacked(path: Path) -> IO[bytes]:
         start = file.read(6)
     for sign, unpack in UNPACKERS.items():
         if start.startswith(sign):
-            return cast(IO[bytes], unpack(path))
+            return unpack(path)
     return open(path, "rb")
 
 
