@@ -143,7 +143,8 @@ def test_killed_or_not_by_whatever_workers_the_results_are_the_same(killed, undi
             assert same_weights(ours / path, theirs / path)
     ours = table(killed[0]).query("global_strength == 0.02").reset_index(drop=True)
     theirs = table(undisturbed[0], "mine")
-    shared = [name for name in ours if name not in ("minutes", "date")]
+    # "reduction" is what was asked for where a sweep varies it, else what was reached
+    shared = [name for name in ours if name not in ("minutes", "date", "reduction")]
     pd.testing.assert_frame_equal(theirs[shared], ours[shared])
 
 

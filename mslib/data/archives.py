@@ -15,8 +15,12 @@ from .images import SUFFIXES, DataError, open_file
 
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val"}
 DEEPEST = 5  # folders within folders: a link to a folder above its own would have no end
-UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-HEADERS = 2**16  # bytes that a tar may hold about one file: its name, its times, what else is known
+UNPACKERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+HEADERS = 2**16  # bytes that a tar may hold about one file: its name, times and what else is known
 
 
 @contextmanager
