@@ -1,6 +1,7 @@
 """Out the door: ONNX and torch.export files of a network, checked against the network itself."""
 
 import copy
+import inspect
 import io
 import logging
 import math
@@ -82,10 +83,11 @@ def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return off
 
 
-def _two(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+def _two(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
     """Two images of the inputs, and which axis of each input may have any size.
 
-    Two, since a batch of one would be taken for the only size.
+    Two, since a batch of one would be taken for the only size. The axes go by the names in the
+    signature of `forward`, where *args is one name of several inputs.
     """
     batch = {0: torch.export.Dim("batch", min=1)}
     axes = map_images(lambda t: batch, args, kwargs)
@@ -93,11 +95,12 @@ def _two(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
         lambda t: t if t is batch else None, axes, is_leaf=lambda t: t is batch
     )
     args, kwargs = map_images(lambda t: torch.cat([t[:1], t[:1]]), args, kwargs)
-    return args, kwargs, names or places
+    by_name = inspect.signature(model.forward).bind(*places, **names).arguments
+    return args, kwargs, by_name
 
 
 def _write_pt2(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
-    few, named, shapes = _two(args, kwargs)
+    few, named, shapes = _two(model, args, kwargs)
     program = torch.export.export(model, few, named, dynamic_shapes=shapes)
     content = io.BytesIO()  # torch itself would hide what a full disk says
     torch.export.save(program, content)
@@ -106,7 +109,7 @@ def _write_pt2(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
 
 
 def _write_onnx(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
-    few, named, shapes = _two(args, kwargs)
+    few, named, shapes = _two(model, args, kwargs)
     program = torch.onnx.export(
         model,
         few,

@@ -24,7 +24,7 @@ from . import trainings
 from .conftest import lively, tiny_data
 
 FAST = dict(epochs=2, lr=0.05, batch_size=16, precision="fp32", device="cpu")
-TRIALS = int(os.environ.get("MSLIB_TRIALS", 6))
+TRIALS = int(os.environ.get("MSLIB_TRIALS", 2))
 
 
 def small(seed=0, classes=3):
@@ -196,21 +196,33 @@ def same_run(a, b):
     assert not list(b.glob("epoch-*.pt")) and not list(b.glob(".*.part*"))
 
 
-def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_path):
-    whole, seconds = undisturbed
-    folder, kills, newest, lot = tmp_path / "run", 0, "", random.Random()
+def trained_with_kills(folder, seconds, most):
+    """Start a training until it has ended, and kill it at `most` random moments; how many it was.
+
+    It may end before: a moment can lie behind its end.
+    """
+    kills, newest, lot = 0, "", random.Random()
     while not (folder / "history.json").exists():
         process = trainings.start(folder)
-        process.join(lot.uniform(0.1, 0.9) * seconds if kills < TRIALS else 60)
+        process.join(lot.uniform(0.1, 0.9) * seconds if kills < most else 60)
         process.kill()  # SIGKILL
         process.join()
         kills += process.exitcode != 0
         found = max((p.name for p in folder.glob("epoch-*.pt")), default=newest)
         assert found >= newest  # no epoch is trained twice once it has been written
         newest = found
-    assert kills
     trainings.start(folder).join()  # the last may have been killed while it tidied up
-    same_run(whole, folder)
+    return kills
+
+
+def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    whole, seconds = undisturbed
+    kills = run = 0
+    while kills < TRIALS:
+        run += 1
+        folder = tmp_path / str(run)
+        kills += trained_with_kills(folder, seconds, TRIALS - kills)
+        same_run(whole, folder)
 
 
 def test_two_processes_in_one_folder_lose_nothing(undisturbed, tmp_path):
