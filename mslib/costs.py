@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from .exports import feed, quiet, session
 from .files import reason
-from .networks import as_inputs, map_images, meta_copy, misfit, unwrap
+from .networks import ShapesOnly, as_inputs, map_images, meta_copy, misfit, unwrap
 
 log = logging.getLogger("mslib")
 
@@ -66,34 +66,39 @@ def cost(model: nn.Module, example: Any) -> Cost:
     return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
 
 
+class _Counter(ShapesOnly):
+    """Adds up in `layers` the MACs of what runs inside it, by the innermost module."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.layers: dict[str, int] = {}
+        self.inside: list[str] = []  # names of the modules that run
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self.inside.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self.inside.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if flops := flop_registry.get(func.overloadpacket):
+            macs = flops(*args, **(kwargs or {}), out_val=out) // 2
+            self.layers[self.inside[-1]] = self.layers.get(self.inside[-1], 0) + macs
+        return out
+
+
 def _count(model: nn.Module, args: Any, kwargs: Any, device: str) -> dict[str, int]:
     """MACs by module name of one forward pass of `model`, a throw-away copy on `device`."""
-    layers: dict[str, int] = {}
-    open_modules: list[list[int]] = []  # FLOPs at the start of a module, and of those inside it
-    counter = FlopCounterMode(display=False)
-
-    def enter(*_: Any) -> None:
-        open_modules.append([counter.get_total_flops(), 0])
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        start, inside = open_modules.pop()
-        spent = counter.get_total_flops() - start
-        if open_modules:
-            open_modules[-1][1] += spent
-        if spent > inside:
-            name = names[module]
-            layers[name] = layers.get(name, 0) + (spent - inside) // 2
-
-    names = {module: name for name, module in model.named_modules()}
-    for module in names:
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
     args, kwargs = tree_map(
         lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (args, kwargs)
     )
-    with counted_attention(), counter:
+    with counted_attention(), torch.inference_mode(False), _Counter(model) as counter:
         model(*args, **kwargs)
-    return layers
+    return counter.layers
 
 
 @contextmanager

@@ -11,12 +11,20 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..files import nearest, reason
-from ..networks import call, copied, sync_widths, tensors_in, unwrap
+from ..networks import (
+    call,
+    meta_copy,
+    named_tensors,
+    sync_widths,
+    tensors_in,
+    unwrap,
+    without_numbers,
+)
 from .labels import NO_CHANNEL, Notes, Weight
-from .trace import Tracer, without_numbers
+from .trace import Tracer
 
 
 class ChannelGraph:
@@ -53,29 +61,21 @@ class ChannelGraph:
 
     # ---- tracing ----
 
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
-
     def _weights(self) -> dict[str, Weight]:
-        return {name: Weight.named(name, tensor.detach()) for name, tensor in self._tensors()}
+        return {name: Weight.named(name, t.detach()) for name, t in named_tensors(self.model)}
 
     def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
         """Run a copy without numbers, with weights of the shapes in `weights`; fill `notes`."""
-        bare, known = {}, {}  # id of a tensor here -> its copy; id of the copy -> its weight
-        for name, tensor in self._tensors():
-            empty = torch.empty(weights[name].data.shape, dtype=tensor.dtype, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            bare[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
-            known[id(bare[id(tensor)])] = weights[name]
-        model = copied(self.model, bare).eval()
+        model = meta_copy(self.model, {name: w.data.shape for name, w in weights.items()})
+        known = {id(t): weights[name] for name, t in named_tensors(model)}
         for name, ids in notes.depthwise.items():  # of a network that is cut
             layer: Any = model.get_submodule(name)
             layer.groups = len(ids)
         sync_widths(model)
         tracer = Tracer(notes, known, self.modules)
         try:
-            with torch.no_grad(), tracer:
-                out = call(model, tree_map(without_numbers, self.example))
+            with torch.no_grad(), torch.inference_mode(False), tracer:
+                out = call(model, without_numbers(self.example))
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "
@@ -90,7 +90,7 @@ class ChannelGraph:
     def _refuse_unreached(self, touched: set[str]) -> None:
         """What a layer reads that the run did not use is not known: in training it may be
         called."""
-        reached = {id(tensor) for name, tensor in self._tensors() if name in touched}
+        reached = {id(tensor) for name, tensor in named_tensors(self.model) if name in touched}
         for layer, m in self.modules.items():
             own = {id(p) for p in m.parameters(recurse=False)}
             if own and not own & reached:
@@ -217,7 +217,7 @@ class ChannelGraph:
 
     def _weights_left(self, drop: torch.Tensor) -> dict[str, Weight]:
         """The weights of the network without the ids in `drop`: their shapes only."""
-        shapes = {name: list(tensor.shape) for name, tensor in self._tensors()}
+        shapes = {name: list(tensor.shape) for name, tensor in named_tensors(self.model)}
         for (name, axis), ids in self.notes.slices.items():
             shapes[name][axis] = int((~drop[ids]).sum())
         left = {}

@@ -12,16 +12,13 @@ ids of their channels:
 """
 
 import math
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..networks import PaddedShortcut
+from ..networks import PaddedShortcut, ShapesOnly, tensors_among, without_numbers
 from .labels import NO_CHANNEL, Notes, Row, Value, Weight
 
 aten = torch.ops.aten
@@ -37,7 +34,7 @@ SOFTMAX = {aten._softmax, aten._log_softmax, aten._safe_softmax}
 OVER_PIXELS = ("_pool", "upsample", "reflection_pad", "replication_pad")
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(ShapesOnly):
     """Notes in `notes` what becomes of the channels while a network runs inside `with tracer:`.
 
     weights: id of a parameter or buffer of that network -> its `Weight`; views of them are added.
@@ -52,26 +49,21 @@ class Tracer(TorchDispatchMode):
         self.touched: set[str] = set()  # names of the weights that were used
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        given = args
-        if any(t.is_meta for t in tensors):  # forward may make tensors without asking for a device
-            args, kwargs = tree_map(without_numbers, (args, kwargs))
-        out = _run(func, args, kwargs)
+        out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
+        tensors = tensors_among(args, kwargs)
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
         known = [v for t in tensors if (v := self._read(t)) is not None]
-        if func._schema.is_mutable:
+        changes = func._schema.is_mutable
+        if changes:
             self._written(func, args[0])
         if self._layer(func.overloadpacket, args, out):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif (
-            func._schema.is_mutable
-            and args[0] is not given[0]
-            or not self._passes_on(func, func.overloadpacket, args, kwargs, out)
-        ):  # written to another device
+        elif changes and out is not args[0]:  # what was written is a copy on another device
+            self._lose(func, known)
+        elif not self._passes_on(func, func.overloadpacket, args, kwargs, out):
             self._lose(func, known)
         return out
 
@@ -460,17 +452,6 @@ def _apply(func, operands, kwargs):
     if func.overloadpacket is aten._to_copy:  # to another type or device
         return whole[0]
     return func(*whole, **kwargs)
-
-
-def without_numbers(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, torch.Tensor) and not x.is_meta else x
-
-
-def _run(func, args, kwargs):
-    """What the operation returns. A BatchNorm's shapes PyTorch would derive slowly, in Python."""
-    if func is aten.native_batch_norm.default and args[0].is_meta and not args[5]:
-        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-    return func(*args, **kwargs)
 
 
 def _name(func) -> str:
