@@ -84,9 +84,10 @@ class _Counter(ShapesOnly):
         self.inside.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        out = self.run(func, args, kwargs)
         if flops := flop_registry.get(func.overloadpacket):
-            macs = flops(*args, **(kwargs or {}), out_val=out) // 2
+            macs = flops(*args, **kwargs, out_val=out) // 2
             self.layers[self.inside[-1]] = self.layers.get(self.inside[-1], 0) + macs
         return out
 

@@ -148,7 +148,10 @@ class ShapesOnly(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.run(func, args, kwargs or {})
+
+    @staticmethod
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
         tensors = tensors_among(args, kwargs)
         if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
             args, kwargs = without_numbers((args, kwargs))

@@ -106,6 +106,7 @@ class ChannelGraph:
         self.outputs, self.norms, self.inputs = notes.outputs, notes.norms, notes.inputs
         self.calls = Counter(name for name, _ in notes.reads)
         self.root = notes.roots(torch.arange(len(notes.parent)))
+        self.rows = {name: _Rows(getattr(notes, name)) for name in ("outputs", "norms", "inputs")}
         self.reasons: dict[int, str] = {}
         never = (torch.tensor([NO_CHANNEL]), "it meets padding, or a tensor without channels")
         for ids, why in [*notes.kept, never]:
@@ -120,6 +121,10 @@ class ChannelGraph:
                 self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)
         alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
         self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
+        self.free = torch.zeros(len(self.root), dtype=torch.bool)
+        self.free[self.root[self.rows["norms"].ids]] = True
+        self.free[list(self.reasons)] = False
+        self.free = self.free[self.root]  # bool [ids]: a BatchNorm scales it, and nothing keeps it
         gated = torch.zeros(len(self.root), dtype=torch.bool)
         for name, constants in notes.constants.items():
             gated[self.root[self.inputs[name][constants.isnan()]]] = True
@@ -140,10 +145,10 @@ class ChannelGraph:
         Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
         does. Then the suspects that the trace had passed are cut alone, the last ones first.
         """
-        if self._probe(self._free()) is None:
+        if self._probe(self.free) is None:
             return
         self._trace_again()
-        while (passed := self._probe(self._free())) is not None:
+        while (passed := self._probe(self.free)) is not None:
             suspects = [s for s in self.notes.rigid[: passed + 1] if self._touched(s).any()]
             last = (self._culprit([suspect]) for suspect in suspects[:-5:-1])
             culprit = next(filter(None, last), None) or self._culprit(suspects)
@@ -163,7 +168,7 @@ class ChannelGraph:
 
     def _touched(self, suspect: tuple[torch.Tensor, str]) -> torch.Tensor:
         """Bool [ids]: the free ones that go with those of the suspect."""
-        return self._free() & torch.isin(self.root, self.root[suspect[0]])
+        return self.free & torch.isin(self.root, self.root[suspect[0]])
 
     def _culprit(self, suspects: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, str] | None:
         """The last of the suspects of which nothing can be cut, found by halving."""
@@ -176,13 +181,6 @@ class ChannelGraph:
             return suspects[0]
         middle = len(suspects) // 2
         return self._culprit(suspects[middle:]) or self._culprit(suspects[:middle])
-
-    def _free(self) -> torch.Tensor:
-        """Bool [ids]: some BatchNorm scales it, and nothing keeps it."""
-        free = torch.zeros(len(self.root), dtype=torch.bool)
-        free[self.root[torch.cat([torch.tensor([NO_CHANNEL]), *self.norms.values()])]] = True
-        free[list(self.reasons)] = False
-        return free[self.root]
 
     def _probe(self, free: torch.Tensor) -> int | None:
         """Trace the network without about half of the ids in `free` (bool [ids]).
@@ -261,15 +259,11 @@ class ChannelGraph:
 
     def dropped(self, masks: dict[str, torch.Tensor]) -> torch.Tensor:
         """Bool [ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
-        never = torch.tensor([NO_CHANNEL])
-        scaled = self.root[torch.cat([never, *self.norms.values()])]
-        every = [torch.ones(len(ids), dtype=torch.bool) for ids in self.norms.values()]
-        for i, name in enumerate(self.norms):
-            every[i] = masks[name].cpu() if name in masks else every[i]
-        keep = torch.ones(len(self.root), dtype=torch.bool)
-        keep[scaled] = False
-        keep[scaled[torch.cat([never == NO_CHANNEL, *every])]] = True
-        keep[list(self.reasons)] = True
+        stay = [torch.tensor([True])]
+        for name, ids in self.norms.items():
+            stay.append(masks[name].cpu() if name in masks else torch.ones_like(ids).bool())
+        keep = ~self.free
+        keep[self.root[self.rows["norms"].ids[torch.cat(stay)]]] = True
         return self._with_copies(~keep[self.root])
 
     def _with_copies(self, drop: torch.Tensor) -> torch.Tensor:
@@ -294,14 +288,14 @@ class ChannelGraph:
     def shares_left(self, drop: torch.Tensor) -> dict[str, float]:
         """Layer -> the share of its MACs that is left without the ids in `drop`."""
         shares = dict.fromkeys([*self.inputs, *self.outputs], 1.0)
-        for table in (self.inputs, self.outputs):
-            for (name, ids), left in zip(table.items(), _left(table, drop), strict=True):
-                shares[name] *= left / len(ids)
+        for rows in (self.rows["inputs"], self.rows["outputs"]):
+            for name, size, left in zip(rows.names, rows.sizes, rows.left(drop), strict=True):
+                shares[name] *= left / size
         return shares
 
     def emptied(self, drop: torch.Tensor) -> list[str]:
         """Names of the layers of which nothing is left without the ids in `drop`."""
-        lefts = zip(self.outputs, _left(self.outputs, drop), strict=True)
+        lefts = zip(self.outputs, self.rows["outputs"].left(drop), strict=True)
         return [name for name, left in lefts if not left]
 
 
@@ -323,12 +317,17 @@ def as_graph(model: Network, example: Any = None) -> ChannelGraph:
     return ChannelGraph(model, example)
 
 
-def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
-    """How many ids of each row of `table` are left without those in `drop`, all rows at once."""
-    zero = torch.zeros(1, dtype=torch.long)
-    kept = (~drop[torch.cat([zero, *table.values()])]).cumsum(0)
-    ends = torch.tensor([0, *(len(ids) for ids in table.values())]).cumsum(0)
-    return kept[ends].diff().tolist()
+class _Rows:
+    """The rows of a table (module -> ids) behind one another; `NO_CHANNEL` stands in front."""
+
+    def __init__(self, table: dict[str, torch.Tensor]):
+        self.names, self.sizes = [*table], [len(ids) for ids in table.values()]
+        self.ids = torch.cat([torch.tensor([NO_CHANNEL]), *table.values()])
+        self.ends = torch.tensor([0, *self.sizes]).cumsum(0)
+
+    def left(self, drop: torch.Tensor) -> list[int]:
+        """How many ids of each row are left without those in `drop`."""
+        return (~drop[self.ids]).cumsum(0)[self.ends].diff().tolist()
 
 
 def _refuse_example(model: nn.Module, example: Any) -> None:

@@ -190,6 +190,8 @@ class Notes:
 
     def join(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """From now on the channels at the same place of `a` and `b` are one."""
+        if a is b:
+            return
         a, b = torch.broadcast_tensors(a, b)
         while True:
             x, y = self.roots(a), self.roots(b)

@@ -262,13 +262,12 @@ def _with_floor(
     while True:  # what a layer keeps may keep channels of others: until nothing changes any more
         kept = {}
         for name, keep in masks.items():
-            wanted = min(
-                len(keep), math.ceil(max(int(keep.sum()), least[name]) / round_to) * round_to
-            )
-            best = scores[name].argsort(descending=True, stable=True)[:wanted]
-            kept[name] = (
-                keep if keep.sum() == wanted else torch.zeros_like(keep).index_fill(0, best, True)
-            )
+            count = int(keep.sum())
+            wanted = min(len(keep), math.ceil(max(count, least[name]) / round_to) * round_to)
+            if count != wanted:
+                best = scores[name].argsort(descending=True, stable=True)[:wanted]
+                keep = torch.zeros_like(keep).index_fill(0, best, True)
+            kept[name] = keep
         drop = graph.dropped(kept)
         for writer in graph.emptied(
             drop

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..files import reason
-from ..networks import call, copied, sync_widths, tensors_in
+from ..networks import ShapesOnly, call, copied, meta_copy, sync_widths, tensors_in, without_numbers
 from .graph import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
@@ -44,7 +44,7 @@ def prune(
     graph = as_graph(model, example)
     drop = check_masks(graph, masks)
     small = _cut(graph, drop)
-    _verify(graph, small, _silenced(graph, drop, keep_bias=False))
+    _verify(graph, small, _silenced(graph, drop, keep_bias=False, shared=True))
     if fold_bias:
         folded = copied(graph.model)
         _fold(graph, dict(folded.named_modules()), drop)
@@ -70,17 +70,26 @@ def zero_masked(
 
 
 @torch.no_grad()
-def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
-    zeroed = copied(graph.model)
-    modules: dict[str, Any] = dict(zeroed.named_modules())
+def _silenced(
+    graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool, shared: bool = False
+) -> nn.Module:
+    """shared: for a moment's use; parameters that are as in the graph's network are its own."""
+    made = _own(graph.model) if shared else {}
     for name, ids in graph.norms.items():
-        norm, gone = modules[name], drop[ids]
+        norm, gone = graph.modules[name], drop[ids]
         if not gone.any():  # also one without γ
             continue
         silent = gone & graph.gated[ids] if keep_bias else gone
-        norm.weight[gone.to(norm.weight.device)] = 0
-        norm.bias[silent.to(norm.bias.device)] = 0
-    return zeroed
+        for old, zero in ((norm.weight, gone), (norm.bias, silent)):
+            new = made.get(id(old), old).detach().masked_fill(zero.to(old.device), 0)
+            made[id(old)] = nn.Parameter(new, old.requires_grad)
+    return copied(graph.model, made)
+
+
+def _own(model: nn.Module) -> dict[int, torch.Tensor]:
+    """For `copied`: the parameters of the copy lie in the same memory; forward may write buffers."""
+    buffers = {id(b): b.clone() for b in model.buffers()}
+    return buffers | {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
 
 
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
@@ -147,8 +156,8 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     """Refuse a cut that computes anything else on the example, or does not run in training mode."""
     device = next(small.parameters()).device
     example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
-    trial = copied(small)
-    found, wanted = _outputs(trial.eval(), example), _outputs(zeroed.eval(), example)
+    trial = copied(small, _own(small)).eval()
+    found, wanted = _outputs(trial, example), _outputs(zeroed.eval(), example)
     if not wanted:
         raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
@@ -168,6 +177,16 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
                 f"the pruned network differs from the masked one {off} on the example: its forward "
                 f"does something with channels that tracing did not show; {REPORT}"
             )
+    _refuse_untrainable(graph, trial, example)
+
+
+def _refuse_untrainable(graph: ChannelGraph, trial: nn.Module, example: Any) -> None:
+    """Whether the shapes fit in training mode, too, is seen without numbers where that works."""
+    try:
+        with ShapesOnly():
+            return _outputs(meta_copy(trial, training=True), without_numbers(example)) and None
+    except Exception:
+        pass
     try:
         _outputs(trial.train(), example)
     except Exception as error:

@@ -11,6 +11,7 @@ ids of their channels:
 - Whatever else a channel enters keeps it whole, and the reason names the operation.
 """
 
+import functools
 import math
 
 import torch
@@ -49,7 +50,8 @@ class Tracer(ShapesOnly):
         self.touched: set[str] = set()  # names of the weights that were used
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, kwargs = super().__torch_dispatch__(func, types, args, kwargs), kwargs or {}
+        kwargs = kwargs or {}
+        out = self.run(func, args, kwargs)
         tensors = tensors_among(args, kwargs)
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
@@ -332,8 +334,7 @@ class Tracer(ShapesOnly):
             dead, constant = self._numbers_of(func, args, kwargs, out.ndim)
         except (RuntimeError, NotImplementedError):  # not for float64
             return False
-        shape = torch.broadcast_shapes(ids.shape, dead.shape, constant.shape)
-        made = Value(ids.expand(shape), dead.expand(shape), constant.expand(shape))
+        made = Value.of(torch.broadcast_tensors(ids, dead, constant))
         return self._label(out, made.compact(self.notes))
 
     def _meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -370,20 +371,20 @@ class Tracer(ShapesOnly):
         It is carried out with the numbers that are known, and eight others for each that is not:
         what comes out the same each time does not depend on them.
         """
-        zeros, constants = list(args), list(args)
+        operands = list(args)
         for i, a in enumerate(args):
             if id(a) in self.values:
                 value = self.values[id(a)].aligned(ndim)
-                zeros[i] = _guessed(torch.where(value.dead, 0.0, torch.nan), i)
-                constants[i] = _guessed(value.constant, i)
+                zeros = torch.where(value.dead, 0.0, torch.nan)
+                operands[i] = _guessed(torch.stack([zeros, value.constant]), i)
             elif isinstance(a, torch.Tensor):
                 numbers = self._numbers(a)
                 numbers = numbers.reshape((1,) * (ndim - numbers.ndim) + tuple(numbers.shape))
-                zeros[i] = _guessed(torch.full_like(numbers, torch.nan), i)
-                constants[i] = _guessed(numbers, i)
-        silent, known = (_apply(func, operands, kwargs) for operands in (zeros, constants))
-        same = (known == known[0]).all(0)
-        return (silent == 0).all(0), torch.where(same, known[0].double(), torch.nan)
+                nothing = torch.full_like(numbers, torch.nan)
+                operands[i] = _guessed(torch.stack([nothing, numbers]), i)
+        found = _apply(func, operands, kwargs).double()  # [8, 2, …]
+        silent, constant = torch.where((found == found[0]).all(0), found[0], torch.nan)
+        return silent == 0, constant
 
     def _pad(self, value: Value, args, kwargs, out) -> bool:
         """Zeros around the image change no channel. Zeros beside the channels belong to none."""
@@ -437,21 +438,25 @@ class Tracer(ShapesOnly):
 
 def _guessed(numbers: torch.Tensor, place: int) -> torch.Tensor:
     """float64 [8, …]: the numbers, and for each nan eight of both signs, others at each place."""
-    draws = torch.rand(8, *numbers.shape, generator=torch.Generator().manual_seed(place)).double()
-    sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * numbers.ndim)
-    return torch.where(numbers.isnan(), sign * (0.5 + 3 * draws), numbers.double())
+    return torch.where(numbers.isnan(), _guesses(numbers.shape, place), numbers.double())
+
+
+@functools.lru_cache(100)
+def _guesses(shape: torch.Size, place: int) -> torch.Tensor:
+    draws = torch.rand(8, *shape, generator=torch.Generator().manual_seed(place)).double()
+    sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * len(shape))
+    return sign * (0.5 + 3 * draws)
 
 
 def _apply(func, operands, kwargs):
     """A pointwise operation on operands [8, …], as large as its result: it may work in place."""
-    sizes = [a.shape for a in operands if isinstance(a, torch.Tensor)]
-    shape = torch.broadcast_shapes(*sizes)
-    whole = [a.expand(shape).clone() if isinstance(a, torch.Tensor) else a for a in operands]
+    whole = iter(torch.broadcast_tensors(*[a for a in operands if isinstance(a, torch.Tensor)]))
+    operands = [next(whole).clone() if isinstance(a, torch.Tensor) else a for a in operands]
     if func.overloadpacket is aten.where:
-        whole[0] = whole[0] > 0
+        operands[0] = operands[0] > 0
     if func.overloadpacket is aten._to_copy:  # to another type or device
-        return whole[0]
-    return func(*whole, **kwargs)
+        return operands[0]
+    return func(*operands, **kwargs)
 
 
 def _name(func) -> str:
