@@ -49,8 +49,9 @@ class ChannelGraph:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         _refuse_reparametrized(self.modules)
         _refuse_example(self.model, example)
+        self.weights = {n: Weight.named(n, t.detach()) for n, t in named_tensors(self.model)}
         self.notes = Notes()
-        self._trace(self.notes, self._weights())
+        self._trace(self.notes, self.weights)
         self._settle()
         self._probe_all()
 
@@ -60,9 +61,6 @@ class ChannelGraph:
         return {norm: conv for conv, norm in self.norm_after.items()}
 
     # ---- tracing ----
-
-    def _weights(self) -> dict[str, Weight]:
-        return {name: Weight.named(name, t.detach()) for name, t in named_tensors(self.model)}
 
     def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
         """Run a copy without numbers, with weights of the shapes in `weights`; fill `notes`."""
@@ -143,24 +141,34 @@ class ChannelGraph:
         """Cut about half of everything, and trace that: nothing new may turn up.
 
         Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
-        does. Then the suspects that the trace had passed are cut alone, the last ones first.
+        does. The culprit is most likely among the last suspects that the trace had passed: with
+        its channels whole, the trace gets further. Else it is found by halving.
         """
-        if self._probe(self.free) is None:
-            return
-        self._trace_again()
-        while (passed := self._probe(self.free)) is not None:
-            suspects = [s for s in self.notes.rigid[: passed + 1] if self._touched(s).any()]
-            last = (self._culprit([suspect]) for suspect in suspects[:-5:-1])
-            culprit = next(filter(None, last), None) or self._culprit(suspects)
-            for ids, what in [culprit] if culprit else suspects:
+        passed = self._probe(self.free)
+        if passed is not None:
+            self._trace_again()
+            passed = self._probe(self.free)
+        while passed is not None:
+            suspects = [s for s in self.notes.rigid[: passed + 1] if self.free[s[0]].any()]
+            for suspect in suspects[:-5:-1]:
+                rest = self.free & ~self._touched(suspect)
+                further = self._probe(rest)
+                if further is None or further > passed:
+                    found = [suspect]
+                    break
+            else:
+                rest, found = None, self._culprits(suspects)
+            for ids, what in found:
                 self.notes.keep(ids, f"{what} counts on its number of channels")
             self._settle()
+            same = rest is not None and torch.equal(rest, self.free)
+            passed = further if same else self._probe(self.free)
 
     def _trace_again(self) -> None:
         """Trace with all joins known from the start: what was joined late may change the way."""
         while True:
             notes = Notes(self.notes.parent.clone(), dict(self.notes.made))
-            self._trace(notes, self._weights())
+            self._trace(notes, self.weights)
             before, self.notes = self.root, notes
             self._settle()
             if torch.equal(before, self.root):
@@ -170,17 +178,24 @@ class ChannelGraph:
         """Bool [ids]: the free ones that go with those of the suspect."""
         return self.free & torch.isin(self.root, self.root[suspect[0]])
 
-    def _culprit(self, suspects: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, str] | None:
-        """The last of the suspects of which nothing can be cut, found by halving."""
-        some = torch.zeros(len(self.root), dtype=torch.bool)
-        for suspect in suspects:
-            some |= self._touched(suspect)
-        if self._probe(some) is None:
-            return None
-        if len(suspects) == 1:
-            return suspects[0]
-        middle = len(suspects) // 2
-        return self._culprit(suspects[middle:]) or self._culprit(suspects[:middle])
+    def _culprits(self, suspects: list[tuple[torch.Tensor, str]]) -> list:
+        """The last of the suspects of which nothing can be cut; all, if no single one is to blame.
+
+        Found by halving, the later half first.
+        """
+        parts = [suspects]
+        while parts:
+            part = parts.pop()
+            some = torch.zeros_like(self.free)
+            for suspect in part:
+                some |= self._touched(suspect)
+            if self._probe(some) is None:
+                continue
+            if len(part) == 1:
+                return part
+            middle = len(part) // 2
+            parts += [part[:middle], part[middle:]]
+        return suspects
 
     def _probe(self, free: torch.Tensor) -> int | None:
         """Trace the network without about half of the ids in `free` (bool [ids]).
@@ -215,11 +230,11 @@ class ChannelGraph:
 
     def _weights_left(self, drop: torch.Tensor) -> dict[str, Weight]:
         """The weights of the network without the ids in `drop`: their shapes only."""
-        shapes = {name: list(tensor.shape) for name, tensor in named_tensors(self.model)}
+        shapes = {name: list(weight.data.shape) for name, weight in self.weights.items()}
         for (name, axis), ids in self.notes.slices.items():
             shapes[name][axis] = int((~drop[ids]).sum())
         left = {}
-        for name, weight in self._weights().items():
+        for name, weight in self.weights.items():
             empty = torch.empty(shapes[name], dtype=weight.data.dtype, device="meta")
             left[name] = Weight(name, empty, weight.axis)
         for name in self.notes.copies:
