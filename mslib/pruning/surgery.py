@@ -4,12 +4,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..files import reason
 from ..networks import ShapesOnly, call, copied, meta_copy, sync_widths, tensors_in, without_numbers
 from .graph import ChannelGraph, Network, as_graph
 from .masks import check_masks
+
+aten = torch.ops.aten
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
 REPORT = "please report the network; `keep=` leaves layers whole"
@@ -34,8 +37,10 @@ def prune(
     fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β).
     With True it goes into the BatchNorm (running mean) or the bias behind the next layer, as
     `zero_masked(…, keep_bias=True)` computes it, exactly but for the border of the image, where a
-    convolution that pads with zeros sees these instead. Not in the papers. What a gate multiplies
-    (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
+    convolution that pads with zeros sees these instead. This, too, is compared: on the example, and
+    with both networks padding by their nearest pixels, as there is no border then. Not in the
+    papers. What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image,
+    and is dropped.
 
     Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no
     channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
@@ -44,11 +49,14 @@ def prune(
     graph = as_graph(model, example)
     drop = check_masks(graph, masks)
     small = _cut(graph, drop)
-    _verify(graph, small, _silenced(graph, drop, keep_bias=False, shared=True))
+    _compare(graph, small, _silenced(graph, drop, keep_bias=False, shared=True))
+    _refuse_untrainable(graph, small)
     if fold_bias:
         folded = copied(graph.model)
         _fold(graph, dict(folded.named_modules()), drop)
         small = _cut(graph, drop, folded)
+        with _Borderless():
+            _compare(graph, small, _silenced(graph, drop, keep_bias=True, shared=True))
     return small
 
 
@@ -87,7 +95,7 @@ def _silenced(
 
 
 def _own(model: nn.Module) -> dict[int, torch.Tensor]:
-    """For `copied`: the parameters of the copy lie in the same memory; forward may write buffers."""
+    """For `copied`: parameters in the same memory. Buffers are copied: forward may write them."""
     buffers = {id(b): b.clone() for b in model.buffers()}
     return buffers | {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
 
@@ -152,12 +160,38 @@ def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> N
             bias += torch.where(gone & constant.isfinite(), constant, 0).to(bias)
 
 
-def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
-    """Refuse a cut that computes anything else on the example, or does not run in training mode."""
-    device = next(small.parameters()).device
-    example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
-    trial = copied(small, _own(small)).eval()
-    found, wanted = _outputs(trial, example), _outputs(zeroed.eval(), example)
+class _Borderless(TorchDispatchMode):
+    """Inside it images are padded with their nearest pixels: a channel that is constant stays so.
+
+    Only there is folding exact. A convolution that pads with zeros sees the constant of a channel
+    in the middle of an image and less of it at its border; a bias is the same everywhere.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet, args = func.overloadpacket, [*args]
+        if packet is aten.convolution and not args[6]:  # x, weight, bias, stride, padding, …
+            args[0], args[4] = _extended(args[0], args[4]), [0] * len(args[4])
+        elif packet in (aten.avg_pool2d, aten.avg_pool3d) and len(args) > 3:
+            args[0], args[3] = _extended(args[0], args[3]), [0] * len(args[3])
+        elif packet is aten.constant_pad_nd and len(args[1]) <= 2 * (args[0].ndim - 2):
+            args[0], args[1] = _extended(args[0], args[1][-2::-2], args[1][::-2]), []
+        return func(*args, **(kwargs or {}))
+
+
+def _extended(x: torch.Tensor, before: list[int], after: list[int] | None = None) -> torch.Tensor:
+    """x [N, C, …] with its nearest pixels around it, so many along each of its last axes."""
+    for dim, (first, last) in enumerate(zip(before, after or before, strict=True)):
+        dim, size = x.ndim - len(before) + dim, x.shape[dim - len(before)]
+        places = torch.arange(-first, size + last, device=x.device)
+        x = x.index_select(dim, places.clamp(0, size - 1))
+    return x
+
+
+def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
+    """Refuse a cut that computes anything else than `zeroed` on the example."""
+    example = _example(graph)
+    found = _outputs(copied(small, _own(small)).eval(), example)
+    wanted = _outputs(zeroed.eval(), example)
     if not wanted:
         raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
@@ -168,27 +202,34 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     for f, w in zip(found, wanted, strict=True):
         limit = TOLERANCE.get(w.dtype, 0) * float(w.abs().max()) if w.numel() else 0
         if f.shape != w.shape or (w.numel() and float((f - w).abs().max()) > limit):
-            off = (
-                f"by {(f - w).abs().max():.3g}"
-                if f.shape == w.shape
-                else f"in shape, {list(f.shape)}"
-            )
+            same = f.shape == w.shape
+            off = f"by {(f - w).abs().max():.3g}" if same else f"in shape, {list(f.shape)}"
             raise ValueError(
                 f"the pruned network differs from the masked one {off} on the example: its forward "
                 f"does something with channels that tracing did not show; {REPORT}"
             )
-    _refuse_untrainable(graph, trial, example)
 
 
-def _refuse_untrainable(graph: ChannelGraph, trial: nn.Module, example: Any) -> None:
-    """Whether the shapes fit in training mode, too, is seen without numbers where that works."""
+def _example(graph: ChannelGraph) -> Any:
+    """The graph's example, where its network is."""
+    device = next(graph.model.parameters()).device
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
+
+
+def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
+    """Refuse a cut that does not run in training mode.
+
+    Shapes alone tell it, and cost little; what needs numbers runs with them.
+    """
+    example = _example(graph)
     try:
         with ShapesOnly():
-            return _outputs(meta_copy(trial, training=True), without_numbers(example)) and None
-    except Exception:
+            _outputs(meta_copy(small, training=True), without_numbers(example))
+        return
+    except Exception:  # it needs numbers, or does not run
         pass
     try:
-        _outputs(trial.train(), example)
+        _outputs(copied(small).train(), example)
     except Exception as error:
         try:  # for some BatchNorms a batch of one is too small, cut or not
             _outputs(copied(graph.model).train(), example)

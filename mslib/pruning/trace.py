@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..networks import PaddedShortcut, ShapesOnly, tensors_among, without_numbers
+from ..networks import PaddedShortcut, ShapesOnly, tensors_among
 from .labels import NO_CHANNEL, Notes, Row, Value, Weight
 
 aten = torch.ops.aten
@@ -56,16 +56,15 @@ class Tracer(ShapesOnly):
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
         known = [v for t in tensors if (v := self._read(t)) is not None]
-        changes = func._schema.is_mutable
-        if changes:
+        elsewhere = False  # whether a copy on another device was written instead
+        if func._schema.is_mutable:
+            elsewhere = out is not args[0]
             self._written(func, args[0])
         if self._layer(func.overloadpacket, args, out):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif changes and out is not args[0]:  # what was written is a copy on another device
-            self._lose(func, known)
-        elif not self._passes_on(func, func.overloadpacket, args, kwargs, out):
+        elif elsewhere or not self._passes_on(func, func.overloadpacket, args, kwargs, out):
             self._lose(func, known)
         return out
 
