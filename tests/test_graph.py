@@ -858,8 +858,11 @@ def test_outputs_of_any_form_are_kept_and_compared(wrap, monkeypatch):
     assert same(small.out(small.inner(x)), masked.out(masked.inner(x)))
     # the comparison of the cut sees what is inside
     monkeypatch.setattr("mslib.pruning.surgery.sync_widths", _spoil)
-    with pytest.raises(ValueError, match="differs from the masked one"):
-        ms.prune(graph, masks)
+    swapped = stem_and(lambda net, x: wrap(x, net.out(net.inner(x))), inner=cbr(8, 6), out=head(6))
+    for each in (graph, ms.ChannelGraph(lively(swapped).double(), X)):  # whatever comes first
+        assert each.reason("stem.1") == "it is an output of the network"
+        with pytest.raises(ValueError, match="differs from the masked one"):
+            ms.prune(each, masks)
 
 
 def _spoil(model):
