@@ -19,14 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .architectures import (  # noqa: F401
-    NETWORKS,
-    PaddedShortcut,
-    network,
-    resnet,
-    untrained,
-    vgg,
-)
+from .architectures import NETWORKS, PaddedShortcut, network, resnet, untrained, vgg  # noqa: F401
 from .files import read_tensors, reason, regular, replacing
 
 log = logging.getLogger("mslib")

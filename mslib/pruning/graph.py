@@ -86,8 +86,7 @@ class ChannelGraph:
         self._refuse_unreached(tracer.touched)
 
     def _refuse_unreached(self, touched: set[str]) -> None:
-        """What a layer reads that the run did not use is not known: in training it may be
-        called."""
+        """A layer that the run did not use may be called in training: what it reads is unknown."""
         reached = {id(tensor) for name, tensor in named_tensors(self.model) if name in touched}
         for layer, m in self.modules.items():
             own = {id(p) for p in m.parameters(recurse=False)}
@@ -114,8 +113,9 @@ class ChannelGraph:
             if len(roots := set(self.root[ids].tolist())) == 1:
                 why = f"all channels of {name} go together, and one must stay"
                 self.reasons.setdefault(roots.pop(), why)
-        while stuck := {n: why for n in self.norms if (why := self._partly(n))}:
-            for norm, why in stuck.items():
+        while stuck := [norm for norm in self.norms if self._partly(norm)]:
+            for norm in stuck:
+                why = f"{norm} scales it together with others that stay"
                 self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)
         alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
         self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
@@ -128,12 +128,10 @@ class ChannelGraph:
             gated[self.root[self.inputs[name][constants.isnan()]]] = True
         self.gated = gated[self.root]  # bool [ids]: some reader sees more of it than a constant
 
-    def _partly(self, norm: str) -> str:
-        """Why a BatchNorm of which some channels stay, and others might go, stays whole."""
+    def _partly(self, norm: str) -> bool:
+        """Whether some channels of a BatchNorm stay, and others might go."""
         stay = [root in self.reasons for root in self.root[self.norms[norm]].tolist()]
-        return (
-            f"{norm} scales it together with others that stay" if 0 < sum(stay) < len(stay) else ""
-        )
+        return 0 < sum(stay) < len(stay)
 
     # ---- probing: a cut network must do with what is left what this one did ----
 
@@ -141,28 +139,25 @@ class ChannelGraph:
         """Cut about half of everything, and trace that: nothing new may turn up.
 
         Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
-        does. The culprit is most likely among the last suspects that the trace had passed: with
-        its channels whole, the trace gets further. Else it is found by halving.
+        does. The culprit is the last suspect before that place with which whole the trace gets
+        further.
         """
+        if self._probe(self.free) is None:
+            return
+        self._trace_again()
         passed = self._probe(self.free)
-        if passed is not None:
-            self._trace_again()
-            passed = self._probe(self.free)
         while passed is not None:
-            suspects = [s for s in self.notes.rigid[: passed + 1] if self.free[s[0]].any()]
-            for suspect in suspects[:-5:-1]:
-                rest = self.free & ~self._touched(suspect)
+            suspects = [s for s in self.notes.rigid[: passed[1]] if self.free[s[0]].any()]
+            for culprit in reversed(suspects):
+                rest = self.free & ~torch.isin(self.root, self.root[culprit[0]])
                 further = self._probe(rest)
                 if further is None or further > passed:
-                    found = [suspect]
+                    suspects = [culprit]
                     break
-            else:
-                rest, found = None, self._culprits(suspects)
-            for ids, what in found:
+            for ids, what, _ in suspects:  # all, where no single one is to blame
                 self.notes.keep(ids, f"{what} counts on its number of channels")
             self._settle()
-            same = rest is not None and torch.equal(rest, self.free)
-            passed = further if same else self._probe(self.free)
+            passed = further if torch.equal(rest, self.free) else self._probe(self.free)
 
     def _trace_again(self) -> None:
         """Trace with all joins known from the start: what was joined late may change the way."""
@@ -174,33 +169,11 @@ class ChannelGraph:
             if torch.equal(before, self.root):
                 return
 
-    def _touched(self, suspect: tuple[torch.Tensor, str]) -> torch.Tensor:
-        """Bool [ids]: the free ones that go with those of the suspect."""
-        return self.free & torch.isin(self.root, self.root[suspect[0]])
-
-    def _culprits(self, suspects: list[tuple[torch.Tensor, str]]) -> list:
-        """The last of the suspects of which nothing can be cut; all, if no single one is to blame.
-
-        Found by halving, the later half first.
-        """
-        parts = [suspects]
-        while parts:
-            part = parts.pop()
-            some = torch.zeros_like(self.free)
-            for suspect in part:
-                some |= self._touched(suspect)
-            if self._probe(some) is None:
-                continue
-            if len(part) == 1:
-                return part
-            middle = len(part) // 2
-            parts += [part[:middle], part[middle:]]
-        return suspects
-
-    def _probe(self, free: torch.Tensor) -> int | None:
+    def _probe(self, free: torch.Tensor) -> tuple[int, int] | None:
         """Trace the network without about half of the ids in `free` (bool [ids]).
 
-        None if it reads just what is left of them; else how many `rigid` places it had passed.
+        None if it reads just what is left of them; else how far it came: how many reads were right,
+        and how many of the `rigid` places it had passed, with the one where it stopped.
         """
         have, drop = self.notes, self._sample(free)
         if not drop.any():
@@ -208,17 +181,20 @@ class ChannelGraph:
         left = Notes(have.parent.clone(), {n: ids[~drop[ids]] for n, ids in have.made.items()})
         left.depthwise = {n: ids[~drop[ids]] for n, ids in have.depthwise.items()}
         left.dense_before = frozenset(have.outputs.keys() - have.depthwise.keys())
+        failed = False
         try:
             self._trace(left, self._weights_left(drop))
         except ValueError:
-            return len(left.rigid)
-        for (name, ids), (other, whole) in zip(left.reads, have.reads, strict=False):
+            failed = True
+        for place, ((name, ids), (other, whole)) in enumerate(zip(left.reads, have.reads)):
             if name != other or not torch.equal(self.root[ids], self.root[whole[~drop[whole]]]):
-                return len(left.rigid)
+                return place, sum(reads <= place for *_, reads in have.rigid)
+        if failed or len(left.reads) < len(have.reads):
+            return len(left.reads), len(left.rigid) + 1
         joined = not torch.equal(left.roots(torch.arange(len(left.parent))), self.root)
         kept = {root for ids, _ in left.kept for root in self.root[ids].flatten().tolist()}
         fine = not joined and kept <= self.reasons.keys() and len(left.reads) == len(have.reads)
-        return None if fine else len(left.rigid)
+        return None if fine else (len(left.reads), len(left.rigid))
 
     def _sample(self, free: torch.Tensor) -> torch.Tensor:
         """About half of the `free` ids, bool [ids]; every layer keeps a channel."""
@@ -293,8 +269,7 @@ class ChannelGraph:
                 return drop
 
     def source_left(self, shortcut: str, drop: torch.Tensor) -> torch.Tensor:
-        """What is left of the `source` of a PaddedShortcut, renumbered: int64 [channels
-        written]."""
+        """What is left of the `source` of a PaddedShortcut, renumbered: int64 [written]."""
         read, written, source, _ = self.notes.copies[shortcut]
         kept = ~drop[read]
         place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])

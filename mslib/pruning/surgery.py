@@ -21,10 +21,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torc
 
 @torch.no_grad()
 def prune(
-    model: Network,
-    masks: dict[str, torch.Tensor],
-    example: Any = None,
-    fold_bias: bool = False,
+    model: Network, masks: dict[str, torch.Tensor], example: Any = None, fold_bias: bool = False
 ) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
 
@@ -61,13 +58,9 @@ def prune(
 
 
 def zero_masked(
-    model: Network,
-    masks: dict[str, torch.Tensor],
-    example: Any = None,
-    keep_bias: bool = False,
+    model: Network, masks: dict[str, torch.Tensor], example: Any = None, keep_bias: bool = False
 ) -> nn.Module:
-    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove
-    are zero.
+    """A copy of `model`, at full size, with γ and β zero where `prune` would remove channels.
 
     It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias:
     zero γ only (and β where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that
@@ -101,8 +94,7 @@ def _own(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole
-    are copied as they are."""
+    """A copy of `model` (default: the graph's) without the ids in `drop`."""
     model = graph.model if model is None else model
     index: dict[str, dict[int, torch.Tensor]] = {}  # weight -> {axis: places that stay}
     biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
@@ -131,20 +123,16 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
-    """Carry the constants of the dropped channels into what follows each layer that reads them; in
-    place."""
+    """Carry the constants of the dropped channels, in place, into what is behind their readers."""
     for name, ids in graph.inputs.items():
-        gone = drop[ids]
-        lost = torch.where(
-            gone & ~graph.gated[ids], graph.notes.constants[name], 0
-        )  # [channels read]
+        gone = drop[ids] & ~graph.gated[ids]
+        lost = torch.where(gone, graph.notes.constants[name], 0)  # [channels read]
         if not lost.any():
             continue
         layer = modules[name]
         groups = getattr(layer, "groups", 1)
-        weight = layer.weight.reshape(
-            groups, len(layer.weight) // groups, layer.weight.shape[1], -1
-        ).sum(3)
+        weight = layer.weight.flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight
+        weight = weight.reshape(groups, -1, weight.shape[1])  # [groups, out / groups, in / groups]
         sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()  # [channels written]
         norm = graph.norm_after.get(name)
         if norm and graph.calls[name] == graph.calls[norm] == 1:

@@ -168,13 +168,10 @@ class Tracer(ShapesOnly):
         notes.slice(own.name, int(transposed), ids[: width // groups] if transposed else ids)
         self._slice(bias, ids)
         if row:
-            read = row.ids
-            notes.join_parts(read, len(read) // groups)
-            notes.slice(
-                own.name, 1 - transposed, read if transposed else read[: len(read) // groups]
-            )
-            constant = not transposed and own.layer in self.modules
-            notes.read(own.layer, row, constant)
+            part = len(row.ids) // groups
+            notes.join_parts(row.ids, part)
+            notes.slice(own.name, 1 - transposed, row.ids if transposed else row.ids[:part])
+            notes.read(own.layer, row, constant=not transposed and own.layer in self.modules)
         elif groups > 1:
             notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
@@ -253,7 +250,7 @@ class Tracer(ShapesOnly):
         """Carry the operation out on the labels; join what can only go together afterwards."""
         shape, what = args[0].shape, _name(func)
         if value.ids.numel() > 1 and packet not in (aten.permute, aten.transpose):
-            self.notes.rigid.append((value.ids, repr(what)))
+            self.notes.suspect(value.ids, repr(what))
         outs = [out] if isinstance(out, torch.Tensor) else out
         if packet in (aten.split, aten.split_with_sizes, aten.slice):
             place = 1 if packet is aten.slice else 2
@@ -397,21 +394,13 @@ class Tracer(ShapesOnly):
                 beside[2 * i : 2 * i + 2], shape[dim] = both, args[0].shape[dim]
         ids, dead, constant = (t.expand(shape) for t in value)
         dead = dead & (number == 0)
-        return self._label(
-            out,
-            Value(
-                F.pad(ids, beside, value=NO_CHANNEL),
-                F.pad(dead, beside, value=number == 0),
-                F.pad(constant, beside, value=number),
-            ),
-        )
+        ids, constant = F.pad(ids, beside, value=NO_CHANNEL), F.pad(constant, beside, value=number)
+        return self._label(out, Value(ids, F.pad(dead, beside, value=number == 0), constant))
 
     def _shortcut(self, value: Value, args, out) -> bool:
         """An option-A shortcut: out[j] copies x[source[j]], and x[0] is zero."""
         weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
-        if weight is None or not row:
-            return False
-        shortcut = weight.module
+        shortcut = weight.module if weight and row else None
         if not isinstance(self.modules.get(shortcut), PaddedShortcut):
             return False
         source = weight.data.cpu()
