@@ -271,7 +271,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         if alias in state or not isinstance(name, str) or name not in state:
             raise ValueError(f"{path} is damaged: {alias!r:.99} is said to be {name!r:.99}")
     state |= {alias: state[name] for alias, name in tied.items()}
-    if groups is not None and not _counts(groups):
+    counts = groups.values() if isinstance(groups, dict) else [groups]
+    if groups is not None and not all(type(count) is int and count > 0 for count in counts):
         raise ValueError(f"{path} is damaged: its groups are no whole numbers above 0")
     for name, value in state.items():
         problem = unusual(value)
@@ -280,10 +281,6 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         if problem or not isinstance(name, str):
             raise ValueError(f"{path} is damaged: {name!r:.99} is {problem or 'no name'}")
     return state, about.get("recipe"), groups
-
-
-def _counts(groups: Any) -> bool:
-    return isinstance(groups, dict) and all(type(g) is int and g > 0 for g in groups.values())
 
 
 class _Weightless(TorchFunctionMode):

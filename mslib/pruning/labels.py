@@ -47,10 +47,6 @@ class Value:
         nothing = torch.full(ids.shape, torch.nan, dtype=torch.float64)
         return Value(ids, torch.zeros(ids.shape, dtype=torch.bool), nothing, maker)
 
-    def again(self) -> "Value":
-        """The same, of another tensor."""
-        return Value.of(self)
-
     def map(self, change: Callable) -> list["Value"]:
         """The values that `change` makes of the labels; as many as it returns tensors."""
         made = [change(t) for t in self]
@@ -75,8 +71,7 @@ class Value:
 
     def aligned(self, ndim: int) -> "Value":
         """With axes of size 1 in front, as broadcasting adds them."""
-        front = (1,) * (ndim - self.ids.ndim)
-        return Value.of((t.reshape(front + tuple(t.shape)) for t in self), self.maker)
+        return self.map(lambda t: t[(None,) * (ndim - t.ndim)])[0]
 
     def compact(self, notes: "Notes") -> "Value":
         """The same with size 1 along each axis where the ids do not differ."""

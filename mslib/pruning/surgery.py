@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..files import reason
-from ..networks import ShapesOnly, call, copied, meta_copy, sync_widths, tensors_in, without_numbers
+from ..networks import ShapesOnly, call, copied, meta_copy, named_tensors, sync_widths, tensors_in
 from .graph import ChannelGraph, Network, as_graph
 from .masks import check_masks
 
-aten = torch.ops.aten
+aten, NOTHING = torch.ops.aten, torch.tensor([], dtype=torch.long)
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
 REPORT = "please report the network; `keep=` leaves layers whole"
@@ -96,24 +96,21 @@ def _own(model: nn.Module) -> dict[int, torch.Tensor]:
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
     """A copy of `model` (default: the graph's) without the ids in `drop`."""
     model = graph.model if model is None else model
-    index: dict[str, dict[int, torch.Tensor]] = {}  # weight -> {axis: places that stay}
     biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
-    for (name, axis), ids in (biases | graph.notes.slices).items():
-        gone = drop[ids]
-        if gone.any():
-            index.setdefault(name, {})[axis] = (~gone).nonzero().flatten()
+    slices = biases | graph.notes.slices
     sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.copies}
     made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in index and name not in sources:
-            continue
-        smaller = tensor.detach()
-        for axis, places in index.get(name, {}).items():
-            smaller = smaller.index_select(axis, places.to(tensor.device))
-        if name in sources:
-            smaller = sources[name].to(tensor.device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        made[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+    for name, tensor in named_tensors(model):
+        smaller = sources[name].to(tensor.device) if name in sources else tensor.detach()
+        for axis in range(tensor.ndim):
+            gone = drop[slices.get((name, axis), NOTHING)].to(tensor.device)
+            if gone.any():
+                smaller = smaller.index_select(axis, (~gone).nonzero().flatten())
+        if name in sources or smaller.shape != tensor.shape:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = (
+                nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+            )
     small = copied(model, made)
     for name, ids in graph.notes.depthwise.items():
         layer: Any = small.get_submodule(name)
@@ -177,9 +174,8 @@ def _extended(x: torch.Tensor, before: list[int], after: list[int] | None = None
 
 def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     """Refuse a cut that computes anything else than `zeroed` on the example."""
-    example = _example(graph)
-    found = _outputs(copied(small, _own(small)).eval(), example)
-    wanted = _outputs(zeroed.eval(), example)
+    found = _outputs(copied(small, _own(small)).eval(), graph.example)
+    wanted = _outputs(zeroed.eval(), graph.example)
     if not wanted:
         raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
@@ -198,29 +194,22 @@ def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
             )
 
 
-def _example(graph: ChannelGraph) -> Any:
-    """The graph's example, where its network is."""
-    device = next(graph.model.parameters()).device
-    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
-
-
 def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
     """Refuse a cut that does not run in training mode.
 
     Shapes alone tell it, and cost little; what needs numbers runs with them.
     """
-    example = _example(graph)
     try:
         with ShapesOnly():
-            _outputs(meta_copy(small, training=True), without_numbers(example))
+            _outputs(meta_copy(small, training=True), graph.example)
         return
     except Exception:  # it needs numbers, or does not run
         pass
     try:
-        _outputs(copied(small).train(), example)
+        _outputs(copied(small).train(), graph.example)
     except Exception as error:
         try:  # for some BatchNorms a batch of one is too small, cut or not
-            _outputs(copied(graph.model).train(), example)
+            _outputs(copied(graph.model).train(), graph.example)
         except Exception:
             return
         raise ValueError(
@@ -230,9 +219,10 @@ def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
 
 def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors that `model` returns for the example, whatever it draws."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
+    device = next(model.parameters()).device
+    example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, example)
     with (
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
     ):
         return tensors_in(call(model, example))

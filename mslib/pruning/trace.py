@@ -243,7 +243,7 @@ class Tracer(ShapesOnly):
         if any(word in _name(func) for word in OVER_PIXELS):
             out = out[0] if isinstance(out, tuple) else out
             same = not any(value.varies(d) for d in range(2, out.ndim))
-            return same and self._label(out, value.again())
+            return same and self._label(out, Value.of(value))
         return False
 
     def _move(self, func, packet, value: Value, args, kwargs, out) -> bool:
@@ -344,8 +344,8 @@ class Tracer(ShapesOnly):
 
     def _meet_tensor(self, value: Value, tensor: torch.Tensor, out) -> bool:
         """A weight with a number for each channel is cut along; another tensor must not care."""
-        size = _aligned(tensor.shape, out.ndim)
-        axes = [d for d, n in enumerate(size) if n > 1 and value.varies(d)]
+        last = range(-tensor.ndim, 0)
+        axes = [out.ndim + d for d in last if tensor.shape[d] > 1 and value.varies(d)]
         if not axes:
             return True
         weight, row = self.weights.get(id(tensor)), value.row(axes[0], out.shape)
@@ -354,11 +354,9 @@ class Tracer(ShapesOnly):
         self.notes.slice(weight.name, weight.axis, row.ids)
         return True
 
-    def _numbers(self, operand):
-        """float64 numbers of a tensor, nan where they are not known; other operands as they are."""
-        if not isinstance(operand, torch.Tensor):
-            return operand
-        weight = self.weights.get(id(operand))
+    def _numbers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """float64 numbers of a tensor, nan where they are not known."""
+        weight = self.weights.get(id(tensor))
         return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
 
     def _numbers_of(self, func, args, kwargs, ndim: int):
@@ -375,7 +373,7 @@ class Tracer(ShapesOnly):
                 operands[i] = _guessed(torch.stack([zeros, value.constant]), i)
             elif isinstance(a, torch.Tensor):
                 numbers = self._numbers(a)
-                numbers = numbers.reshape((1,) * (ndim - numbers.ndim) + tuple(numbers.shape))
+                numbers = numbers[(None,) * (ndim - numbers.ndim)]
                 nothing = torch.full_like(numbers, torch.nan)
                 operands[i] = _guessed(torch.stack([nothing, numbers]), i)
         found = _apply(func, operands, kwargs).double()  # [8, 2, …]
@@ -400,10 +398,10 @@ class Tracer(ShapesOnly):
     def _shortcut(self, value: Value, args, out) -> bool:
         """An option-A shortcut: out[j] copies x[source[j]], and x[0] is zero."""
         weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
-        shortcut = weight.module if weight and row else None
-        if not isinstance(self.modules.get(shortcut), PaddedShortcut):
+        module = self.modules.get(weight.module) if weight else None
+        if weight is None or not row or not isinstance(module, PaddedShortcut):
             return False
-        source = weight.data.cpu()
+        source, shortcut = weight.data.cpu(), weight.module
         ids = self.notes.begin(shortcut, len(source))
         made = Value(ids, row.dead[source], row.constant[source], shortcut)
         self.notes.copy(shortcut, row.ids[1:], made, source)
@@ -421,7 +419,7 @@ class Tracer(ShapesOnly):
         if out.ndim < ndim:
             left = [d for d in range(ndim) if d not in gone]
             value = value.map(lambda t: t.reshape([t.shape[d] for d in left]))[0]
-        return self._label(out, value.again())
+        return self._label(out, Value.of(value))
 
 
 def _guessed(numbers: torch.Tensor, place: int) -> torch.Tensor:
@@ -450,8 +448,3 @@ def _apply(func, operands, kwargs):
 def _name(func) -> str:
     """An operation's name for people: aten.native_layer_norm.default -> layer_norm."""
     return func.overloadpacket.__name__.strip("_").removeprefix("native_")
-
-
-def _aligned(shape, ndim: int) -> tuple[int, ...]:
-    """A shape with axes of size 1 in front, as broadcasting adds them."""
-    return (1,) * (ndim - len(shape)) + tuple(shape)
