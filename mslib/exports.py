@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .files import reason, replacing
-from .networks import as_inputs, map_images, misfit, tensors_in, unwrap
+from .networks import as_inputs, map_images, misfit, moved, tensors_in, unwrap
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: the ending decides on the format; expected .onnx or .pt2")
     model = copy.deepcopy(model).cpu().eval()
-    args, kwargs = tree_map(_on_cpu, as_inputs(example))
+    args, kwargs = moved(as_inputs(example), "cpu")
     try:
         wanted = tensors_in(model(*args, **kwargs))
     except Exception as error:  # of any kind, from inside the network
@@ -59,10 +59,6 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
                 f"tolerance={tolerance:g}; not written"
             )
     return off
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

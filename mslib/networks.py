@@ -58,8 +58,9 @@ def as_inputs(example: Any) -> tuple[tuple, dict]:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """What `model` returns for an example: a tensor, a tuple, list or dict of inputs."""
-    args, kwargs = as_inputs(example)
+    """What `model` returns for an example: a tensor, tuple, list or dict of inputs, moved to it."""
+    device = next((p.device for p in model.parameters()), "cpu")
+    args, kwargs = moved(as_inputs(example), device)
     return model(*args, **kwargs)
 
 
@@ -103,8 +104,7 @@ def map_images(change: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 def misfit(model: Any, example: Any, error: Exception) -> str:
     """Why `model` does not run on `example`: types and shapes of both."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, torch.Tensor)]
-    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors[:3])
+    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors_in(example)[:3])
     weights = {str(p.dtype)[6:] for p in getattr(model, "parameters", list)()}
     return (
         f"{type(model).__name__} ({', '.join(sorted(weights))}) does not run on the example "
@@ -134,10 +134,9 @@ def meta_copy(
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Inside it a `meta_copy` runs, on inputs `without_numbers`.
+    """Inside it a `meta_copy` runs. Its forward may make tensors without asking for a device.
 
-    Its forward may make tensors without asking for a device. A BatchNorm's shapes are told at
-    once: PyTorch derives them in Python, which takes longer than all the rest.
+    A BatchNorm's shapes are told at once: PyTorch derives them in Python, slower than all the rest.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,7 +146,7 @@ class ShapesOnly(TorchDispatchMode):
     def run(func: Any, args: Any, kwargs: Any) -> Any:
         tensors = tensors_among(args, kwargs)
         if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = without_numbers((args, kwargs))
+            args, kwargs = moved((args, kwargs), "meta")
         if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
             x, training = args[0], args[5]
             some = x.new_empty(x.shape[1] if training else 0)
@@ -166,9 +165,9 @@ def tensors_among(args: Any, kwargs: Any) -> list[torch.Tensor]:
     return found
 
 
-def without_numbers(inputs: Any) -> Any:
-    """The same on the meta device."""
-    return tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
+def moved(inputs: Any, device: str | torch.device) -> Any:
+    """The same inputs on `device`; on "meta" they have no numbers."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
 
 
 def save(model: nn.Module, path: str | Path) -> None:

@@ -14,15 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..files import nearest, reason
-from ..networks import (
-    call,
-    meta_copy,
-    named_tensors,
-    sync_widths,
-    tensors_in,
-    unwrap,
-    without_numbers,
-)
+from ..networks import call, meta_copy, named_tensors, sync_widths, tensors_in, unwrap
 from .labels import NO_CHANNEL, Notes, Weight
 from .trace import Tracer
 
@@ -55,11 +47,6 @@ class ChannelGraph:
         self._settle()
         self._probe_all()
 
-    @property
-    def conv_before(self) -> dict[str, str]:
-        """BatchNorm -> the layer right before it."""
-        return {norm: conv for conv, norm in self.norm_after.items()}
-
     # ---- tracing ----
 
     def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
@@ -73,7 +60,7 @@ class ChannelGraph:
         tracer = Tracer(notes, known, self.modules)
         try:
             with torch.no_grad(), torch.inference_mode(False), tracer:
-                out = call(model, without_numbers(self.example))
+                out = call(model, self.example)
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "
@@ -119,6 +106,7 @@ class ChannelGraph:
                 self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)
         alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
         self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
+        self.conv_before = {norm: layer for layer, norm in self.norm_after.items()}
         self.free = torch.zeros(len(self.root), dtype=torch.bool)
         self.free[self.root[self.rows["norms"].ids]] = True
         self.free[list(self.reasons)] = False
@@ -147,7 +135,8 @@ class ChannelGraph:
         self._trace_again()
         passed = self._probe(self.free)
         while passed is not None:
-            suspects = [s for s in self.notes.rigid[: passed[1]] if self.free[s[0]].any()]
+            rigid = self.notes.rigid
+            suspects = [s for s in rigid[: passed[1]] if self.free[s[0]].any()] or rigid
             for culprit in reversed(suspects):
                 rest = self.free & ~torch.isin(self.root, self.root[culprit[0]])
                 further = self._probe(rest)

@@ -34,7 +34,7 @@ class Groups(list):
 
     def table(self) -> pd.DataFrame:
         """A row a group: channels, written by, scaled by, read by, free (or why not), M MACs."""
-        rows = [
+        rows = (
             {
                 "channels": g.size,
                 "written by": short(g.writers),
@@ -44,7 +44,7 @@ class Groups(list):
                 "M MACs": g.macs / 1e6,
             }
             for g in self
-        ]
+        )
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:

@@ -148,8 +148,7 @@ def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
     """What goes, as `graph.dropped` says. ValueError that names a layer that does not fit."""
     check_shapes(masks, {name: ids.shape for name, ids in graph.norms.items()}, "BatchNorm")
     for name, mask in masks.items():
-        if not mask.all() and graph.reason(name):
-            why = graph.reason(name)
+        if not mask.all() and (why := graph.reason(name)):
             raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {why}")
     drop = graph.dropped(masks)
     for empty in graph.emptied(drop):

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from ..files import reason
 from ..networks import ShapesOnly, call, copied, meta_copy, named_tensors, sync_widths, tensors_in
@@ -32,12 +31,10 @@ def prune(
     masks, example)` on it, in evaluation mode, before it is returned, and has run in training mode.
 
     fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β).
-    With True it goes into the BatchNorm (running mean) or the bias behind the next layer, as
-    `zero_masked(…, keep_bias=True)` computes it, exactly but for the border of the image, where a
-    convolution that pads with zeros sees these instead. This, too, is compared: on the example, and
-    with both networks padding by their nearest pixels, as there is no border then. Not in the
-    papers. What a gate multiplies (squeeze-and-excitation) is no constant: it depends on the image,
-    and is dropped.
+    With True it goes into the BatchNorm (running mean) or the bias behind the next layer. This is
+    exact but for the border of the image, where a convolution that pads with zeros sees these
+    instead; it is compared with `zero_masked(…, keep_bias=True)`, both padding by nearest pixels.
+    Not in the papers. What a gate multiplies (squeeze-and-excitation) is no constant, and dropped.
 
     Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no
     channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
@@ -219,8 +216,6 @@ def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
 
 def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors that `model` returns for the example, whatever it draws."""
-    device = next(model.parameters()).device
-    example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, example)
     with (
         torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),

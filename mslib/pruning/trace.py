@@ -308,8 +308,8 @@ class Tracer(ShapesOnly):
 
     def _value(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor. One without channels lies at places that never go."""
-        known = self.values.get(id(tensor))
-        return known or Value.unknown(torch.full((1,) * tensor.ndim, NO_CHANNEL))
+        nothing = Value.unknown(torch.full((1,) * tensor.ndim, NO_CHANNEL))
+        return self.values.get(id(tensor), nothing)
 
     def _pointwise(self, func, packet, args, kwargs, out) -> bool:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
