@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .files import reason, replacing
-from .networks import as_inputs, map_images, misfit, unwrap
+from .networks import as_inputs, map_images, misfit, moved, tensors_in, unwrap
 
 
 @torch.no_grad()
@@ -36,9 +36,9 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: the ending decides on the format; expected .onnx or .pt2")
     model = copy.deepcopy(model).cpu().eval()
-    args, kwargs = tree_map(_on_cpu, as_inputs(example))
+    args, kwargs = moved(as_inputs(example), "cpu")
     try:
-        wanted = _tensors(model(*args, **kwargs))
+        wanted = tensors_in(model(*args, **kwargs))
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(misfit(model, example, error)) from error
     with replacing(path) as beside:
@@ -46,7 +46,7 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
         try:
             with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
                 warnings.simplefilter("ignore")
-                found = _tensors(write(model, args, kwargs, beside))
+                found = tensors_in(write(model, args, kwargs, beside))
         except (OSError, ImportError):
             raise
         except Exception as error:  # the exporters raise many kinds
@@ -60,14 +60,6 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
                 f"tolerance={tolerance:g}; not written"
             )
     return off
-
-
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
 
 
 def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -136,7 +128,7 @@ def session(path: str | Path) -> Any:
 
 def feed(file: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The inputs of an ONNX Runtime session: those with a name by it, the others in their order."""
-    tensors = iter(_tensors(args))
+    tensors = iter(tensors_in(args))
     names = [each.name for each in file.get_inputs()]
     found: dict[str, Any] = {name: kwargs.get(name) for name in names}
     for name in names:
