@@ -1,4 +1,4 @@
-# make run · test · lab · bench · notebooks · clean; each sets up .venv with all extras by itself.
+# make run · test · lab · bench · notebooks · site · clean; each sets up .venv with all extras by itself.
 # PYTHON=python3.12 chooses an interpreter; pip's own environment variables choose where packages come from.
 # make run ARGS="…" passes other words to `python -m mslib run`; without any it runs the lessons up to 05.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?= --only 00-05
 ALLOW_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: run test lab bench notebooks clean
+.PHONY: run test lab bench notebooks site clean
 
 run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
@@ -26,6 +26,9 @@ bench: .venv/ready
 notebooks: .venv/ready  # execute the stored lessons anew, at quick, and keep their outputs
 	MSLIB_PRESET=quick $(BIN)/python -m mslib store
 
+site: .venv/site  # build/site, from the stored lessons
+	$(BIN)/python -m tools.pages
+
 clean:
 	rm -rf runs .venv build *.egg-info .mypy_cache .ruff_cache
 
@@ -33,4 +36,8 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all]" || { echo "installation failed: see the lines above"; exit 1; }
+	@touch $@
+
+.venv/site: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[site]" || { echo "installation failed: see the lines above"; exit 1; }
 	@touch $@

@@ -36,9 +36,8 @@ class PaddedShortcut(nn.Module):
         self.stride = stride
         self.register_buffer("source", source)
 
-    def forward(
-        self, x: torch.Tensor
-    ) -> torch.Tensor:  # [N, in, H, W] -> [N, out, H / stride, W / stride]
+    # [N, in, H, W] -> [N, out, H / stride, W / stride]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x[:, :, :: self.stride, :: self.stride]
         return nn.functional.pad(x, (0, 0, 0, 0, 1, 0)).index_select(1, self.source)
 
@@ -91,9 +90,8 @@ class ResNet(nn.Module):
         others = (BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
         return nn.Sequential(first, *others)
 
-    def forward(
-        self, x: torch.Tensor
-    ) -> torch.Tensor:  # [N, in_channels, H, W], H and W divisible by 4
+    # x: [N, in_channels, H, W], H and W divisible by 4
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.bn(self.conv(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.fc(self.pool(x).flatten(1))  # [N, num_classes]
@@ -111,20 +109,16 @@ class VGG(nn.Module):
             layers += [nn.MaxPool2d(2)] if stage else []
             out_channels = scaled(min(64 * 2**stage, 512), width)
             for _ in range(convolutions):
-                layers += [
-                    nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False),
-                    nn.BatchNorm2d(out_channels),
-                    nn.ReLU(inplace=True),
-                ]
+                layers.append(nn.Conv2d(in_channels, out_channels, 3, 1, 1, bias=False))
+                layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
                 in_channels = out_channels
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
         initialize(self)
 
-    def forward(
-        self, x: torch.Tensor
-    ) -> torch.Tensor:  # [N, in_channels, H, W], H and W at least 16
+    # x: [N, in_channels, H, W], H and W at least 16
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.pool(self.features(x)).flatten(1))  # [N, num_classes]
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
 from .exports import feed, quiet, session
 from .files import reason
-from .networks import as_inputs, map_images, meta_copy, misfit, unwrap
+from .networks import ShapesOnly, as_inputs, call, map_images, meta_copy, misfit, tensors_in, unwrap
 
 log = logging.getLogger("mslib")
 
@@ -51,49 +51,52 @@ def cost(model: nn.Module, example: Any) -> Cost:
     """
     model = unwrap(model)
     args, kwargs = map_images(lambda t: t[:1], *as_inputs(example))
-    kinds = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+    kinds = {t.dtype for t in tensors_in((args, kwargs))}
     same = kinds <= {p.dtype for p in model.parameters()}  # meta does not tell types apart
     try:
-        layers = _count(meta_copy(model), args, kwargs, "meta") if same else None
+        layers = _count(meta_copy(model), kwargs or args) if same else None
     except Exception:  # an operation without shapes of its own, or a wrong example: the CPU tells
         layers = None
     if layers is None:
         try:
             with torch.random.fork_rng(devices=[]):
-                layers = _count(copy.deepcopy(model).cpu().eval(), args, kwargs, "cpu")
+                layers = _count(copy.deepcopy(model).cpu().eval(), kwargs or args)
         except Exception as error:  # of any kind, from inside the network
             raise ValueError(misfit(model, example, error)) from error
     return Cost(sum(layers.values()), sum(p.numel() for p in model.parameters()), layers)
 
 
-def _count(model: nn.Module, args: Any, kwargs: Any, device: str) -> dict[str, int]:
-    """MACs by module name of one forward pass of `model`, a throw-away copy on `device`."""
-    layers: dict[str, int] = {}
-    open_modules: list[list[int]] = []  # FLOPs at the start of a module, and of those inside it
-    counter = FlopCounterMode(display=False)
+class _Counter(ShapesOnly):
+    """Adds up in `layers` the MACs of what runs inside it, by the innermost module."""
 
-    def enter(*_: Any) -> None:
-        open_modules.append([counter.get_total_flops(), 0])
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.layers: dict[str, int] = {}
+        self.inside: list[str] = []  # names of the modules that run
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave)
 
-    def leave(module: nn.Module, *_: Any) -> None:
-        start, inside = open_modules.pop()
-        spent = counter.get_total_flops() - start
-        if open_modules:
-            open_modules[-1][1] += spent
-        if spent > inside:
-            name = names[module]
-            layers[name] = layers.get(name, 0) + (spent - inside) // 2
+    def _enter(self, name: str, *_: Any) -> None:
+        self.inside.append(name)
 
-    names = {module: name for name, module in model.named_modules()}
-    for module in names:
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-    args, kwargs = tree_map(
-        lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, (args, kwargs)
-    )
-    with counted_attention(), counter:
-        model(*args, **kwargs)
-    return layers
+    def _leave(self, *_: Any) -> None:
+        self.inside.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = self.run(func, args, kwargs)
+        if flops := flop_registry.get(func.overloadpacket):
+            macs = flops(*args, **kwargs, out_val=out) // 2
+            self.layers[self.inside[-1]] = self.layers.get(self.inside[-1], 0) + macs
+        return out
+
+
+def _count(model: nn.Module, example: Any) -> dict[str, int]:
+    """MACs by module name of one forward pass of `model`, a throw-away copy."""
+    with counted_attention(), torch.inference_mode(False), _Counter(model) as counter:
+        call(model, example)
+    return counter.layers
 
 
 @contextmanager
@@ -163,9 +166,7 @@ def latency(
         timer = Timer("model(*args, **kwargs)", globals=scope, num_threads=threads)
         timer.timeit(3)  # warm
         measured = timer.blocked_autorange(min_run_time=seconds)
-    images = next(
-        (len(t) for t in tree_leaves(example) if isinstance(t, torch.Tensor) and t.ndim), 1
-    )
+    images = next((len(t) for t in tensors_in(example) if t.ndim), 1)
     return Latency(1e3 * measured.median, 1e3 * measured.iqr, images, threads)
 
 

@@ -1,6 +1,7 @@
 """Out the door: ONNX and torch.export files of a network, checked against the network itself."""
 
 import copy
+import inspect
 import io
 import logging
 import math
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .files import reason, replacing
-from .networks import as_inputs, map_images, misfit, unwrap
+from .networks import as_inputs, map_images, misfit, moved, tensors_in, unwrap
 
 
 @torch.no_grad()
@@ -35,9 +36,9 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{path}: the ending decides on the format; expected .onnx or .pt2")
     model = copy.deepcopy(model).cpu().eval()
-    args, kwargs = tree_map(_on_cpu, as_inputs(example))
+    args, kwargs = moved(as_inputs(example), "cpu")
     try:
-        wanted = _tensors(model(*args, **kwargs))
+        wanted = tensors_in(model(*args, **kwargs))
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(misfit(model, example, error)) from error
     with replacing(path) as beside:
@@ -45,7 +46,7 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
         try:
             with warnings.catch_warnings(), quiet("torch.onnx", "onnxscript", "onnx_ir"):
                 warnings.simplefilter("ignore")
-                found = _tensors(write(model, args, kwargs, beside))
+                found = tensors_in(write(model, args, kwargs, beside))
         except (OSError, ImportError):
             raise
         except Exception as error:  # the exporters raise many kinds
@@ -61,14 +62,6 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     return off
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
-def _tensors(outputs: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-
-
 def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """The largest difference, as a share of the largest value of its tensor; infinite if unlike."""
     if [t.shape for t in found] != [t.shape for t in wanted]:
@@ -82,10 +75,11 @@ def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return off
 
 
-def _two(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+def _two(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
     """Two images of the inputs, and which axis of each input may have any size.
 
-    Two, since a batch of one would be taken for the only size.
+    Two, since a batch of one would be taken for the only size. The axes go by the names in the
+    signature of `forward`, where *args is one name of several inputs.
     """
     batch = {0: torch.export.Dim("batch", min=1)}
     axes = map_images(lambda t: batch, args, kwargs)
@@ -93,11 +87,12 @@ def _two(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
         lambda t: t if t is batch else None, axes, is_leaf=lambda t: t is batch
     )
     args, kwargs = map_images(lambda t: torch.cat([t[:1], t[:1]]), args, kwargs)
-    return args, kwargs, names or places
+    by_name = inspect.signature(model.forward).bind(*places, **names).arguments
+    return args, kwargs, by_name
 
 
 def _write_pt2(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
-    few, named, shapes = _two(args, kwargs)
+    few, named, shapes = _two(model, args, kwargs)
     program = torch.export.export(model, few, named, dynamic_shapes=shapes)
     content = io.BytesIO()  # torch itself would hide what a full disk says
     torch.export.save(program, content)
@@ -106,7 +101,7 @@ def _write_pt2(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
 
 
 def _write_onnx(model: nn.Module, args: tuple, kwargs: dict, path: Path) -> Any:
-    few, named, shapes = _two(args, kwargs)
+    few, named, shapes = _two(model, args, kwargs)
     program = torch.onnx.export(
         model,
         few,
@@ -133,7 +128,7 @@ def session(path: str | Path) -> Any:
 
 def feed(file: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The inputs of an ONNX Runtime session: those with a name by it, the others in their order."""
-    tensors = iter(_tensors(args))
+    tensors = iter(tensors_in(args))
     names = [each.name for each in file.get_inputs()]
     found: dict[str, Any] = {name: kwargs.get(name) for name in names}
     for name in names:

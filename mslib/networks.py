@@ -4,8 +4,8 @@ import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .architectures import (  # noqa: F401
-    NETWORKS,
-    PaddedShortcut,
-    network,
-    resnet,
-    untrained,
-    vgg,
-)
+from .architectures import NETWORKS, PaddedShortcut, network, resnet, untrained, vgg  # noqa: F401
 from .files import read_tensors, reason, regular, replacing
 
 log = logging.getLogger("mslib")
@@ -64,8 +58,9 @@ def as_inputs(example: Any) -> tuple[tuple, dict]:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """What `model` returns for an example: a tensor, a tuple, list or dict of inputs."""
-    args, kwargs = as_inputs(example)
+    """What `model` returns for an example: a tensor, tuple, list or dict of inputs, moved to it."""
+    device = next((p.device for p in model.parameters()), "cpu")
+    args, kwargs = moved(as_inputs(example), device)
     return model(*args, **kwargs)
 
 
@@ -90,6 +85,8 @@ def copied(model: nn.Module, replaced: Mapping[int, torch.Tensor] | None = None)
         for value in vars(m).values():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 memo.setdefault(id(value), value.detach().clone())
+            elif type(value) is OrderedDict and not value:  # of hooks: a dozen in every module
+                memo.setdefault(id(value), OrderedDict())
     return copy.deepcopy(model, memo)
 
 
@@ -107,8 +104,7 @@ def map_images(change: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict
 
 def misfit(model: Any, example: Any, error: Exception) -> str:
     """Why `model` does not run on `example`: types and shapes of both."""
-    tensors = [t for t in tree_leaves(example) if isinstance(t, torch.Tensor)]
-    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors[:3])
+    given = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors_in(example)[:3])
     weights = {str(p.dtype)[6:] for p in getattr(model, "parameters", list)()}
     return (
         f"{type(model).__name__} ({', '.join(sorted(weights))}) does not run on the example "
@@ -117,27 +113,61 @@ def misfit(model: Any, example: Any, error: Exception) -> str:
     )
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` on PyTorch's meta device, in evaluation mode: shapes without data.
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Name and tensor of every parameter and buffer, each once."""
+    return [*model.named_parameters(), *model.named_buffers()]
 
-    No weight is copied. Its BatchNorms hand their input on: they change no shape, and PyTorch
-    takes them apart there, which takes longer than all the rest.
+
+def meta_copy(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]] | None = None, training: bool = False
+) -> nn.Module:
+    """A copy of `model` on PyTorch's meta device: shapes without data. No weight is copied.
+
+    shapes: name of a parameter or buffer -> the shape it is to have instead of its own.
     """
-    memo: dict[int, torch.Tensor] = {id(b): b.to("meta") for b in model.buffers()}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
-    clone = copied(model, memo).eval()
-    for m in clone.modules():
-        if isinstance(m, _BatchNorm) and type(m).forward is _BatchNorm.forward:
-            m.forward = partial(_hand_on, m)  # type: ignore[method-assign]
-    return clone
+    memo: dict[int, torch.Tensor] = {}
+    for name, t in named_tensors(model):
+        shape = t.shape if shapes is None else shapes.get(name, t.shape)
+        empty = torch.empty(shape, dtype=t.dtype, device="meta")
+        memo[id(t)] = nn.Parameter(empty, False) if isinstance(t, nn.Parameter) else empty
+    return copied(model, memo).train(training)
 
 
-def _hand_on(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
-    norm._check_input_dim(x)
-    if x.shape[1] != norm.num_features:
-        raise ValueError(f"{norm} reads {x.shape[1]} channels")
-    return x
+class ShapesOnly(TorchDispatchMode):
+    """Inside it a `meta_copy` runs. Its forward may make tensors without asking for a device.
+
+    A BatchNorm's shapes are told at once: PyTorch derives them in Python, slower than all the rest.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    @staticmethod
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = tensors_among(args, kwargs)
+        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            args, kwargs = moved((args, kwargs), "meta")
+        if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
+            x, training = args[0], args[5]
+            some = x.new_empty(x.shape[1] if training else 0)
+            return torch.empty_like(x), some, some
+        return func(*args, **kwargs)
+
+
+def tensors_among(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that an operation of PyTorch is given, some of them in lists."""
+    found = []
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, torch.Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found += [t for t in a if isinstance(t, torch.Tensor)]
+    return found
+
+
+def moved(inputs: Any, device: str | torch.device) -> Any:
+    """The same inputs on `device`; on "meta" they have no numbers."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -240,7 +270,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         if alias in state or not isinstance(name, str) or name not in state:
             raise ValueError(f"{path} is damaged: {alias!r:.99} is said to be {name!r:.99}")
     state |= {alias: state[name] for alias, name in tied.items()}
-    if groups is not None and not _counts(groups):
+    counts = groups.values() if isinstance(groups, dict) else [groups]
+    if groups is not None and not all(type(count) is int and count > 0 for count in counts):
         raise ValueError(f"{path} is damaged: its groups are no whole numbers above 0")
     for name, value in state.items():
         problem = unusual(value)
@@ -249,10 +280,6 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], Any, dict[str, int] | No
         if problem or not isinstance(name, str):
             raise ValueError(f"{path} is damaged: {name!r:.99} is {problem or 'no name'}")
     return state, about.get("recipe"), groups
-
-
-def _counts(groups: Any) -> bool:
-    return isinstance(groups, dict) and all(type(g) is int and g > 0 for g in groups.values())
 
 
 class _Weightless(TorchFunctionMode):
@@ -300,7 +327,8 @@ def _rebuild(
         with torch.no_grad():
             image = torch.zeros(shape, dtype=next(p.dtype for p in model.parameters()))
             if kind == "torchvision":
-                meta_copy(model)(image.to("meta"))
+                with ShapesOnly():
+                    meta_copy(model)(image.to("meta"))
             else:
                 model.eval()(image)
     except Exception as error:  # of any kind, from inside the network

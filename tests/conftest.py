@@ -1,6 +1,7 @@
 """What tests share: small data, lively networks, how processes are shared out, what a run costs."""
 
 import os
+import tarfile
 from pathlib import Path
 
 # what is tested is exact on the CPU; set it to a GPU's number to try one
@@ -15,6 +16,8 @@ from xdist.scheduler import LoadFileScheduling  # noqa: E402
 import mslib as ms  # noqa: E402
 from mslib.data.tensors import Data, Split  # noqa: E402
 
+EVERY = 25  # of the real images one is looked at; MSLIB_WHOLE_CIFAR=1: all of them
+WHOLE_CIFAR = os.environ.get("MSLIB_WHOLE_CIFAR") == "1"
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
 
@@ -51,6 +54,17 @@ def cifar():
             "the CIFAR-10 JPEG copy is not here; set MSLIB_SHARED to the folder that holds "
             "data/cifar10-jpeg.tar.gz"
         )
+    return path
+
+
+@pytest.fixture(scope="session")
+def few_cifar(cifar, tmp_path_factory):
+    """A small archive with every 25th image of the copy, of both splits: 240 of each class."""
+    path = tmp_path_factory.mktemp("cifar") / "few.tar"
+    with tarfile.open(cifar) as whole, tarfile.open(path, "w") as few:
+        for member in whole:
+            if member.isfile() and int(Path(member.name).stem) % EVERY == 0:
+                few.addfile(member, whole.extractfile(member))
     return path
 
 

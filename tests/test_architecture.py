@@ -218,10 +218,23 @@ LOGGERS = ["", "torch", "torch.onnx", "onnxscript", "papermill", "torch.utils.cp
 before, modules = state(), set(sys.modules)
 import mslib
 after = state()
+loaded = set(sys.modules)
+
+from mslib.course.cli import _parser
+_parser().format_help()
+by_help = {"matplotlib", "seaborn", "papermill", "pydantic"} & sys.modules.keys()
+
+import matplotlib
+matplotlib.use("agg")
+defaults = dict(matplotlib.rcParams)
+figure, axes = mslib.plots.figure("title")
+figure.canvas.draw()
 print(json.dumps({
     "changed": [key for key in before if before[key] != after[key]],
-    "loaded": sorted({name.split(".")[0] for name in set(sys.modules) - modules}),
-    "inner": sorted(name for name in sys.modules if name.startswith("mslib.")),
+    "loaded": sorted({name.split(".")[0] for name in loaded - modules}),
+    "by_help": sorted(by_help),
+    "defaults of figures": dict(matplotlib.rcParams) == defaults and figure.dpi == 150,
+    "inner": sorted(name for name in loaded if name.startswith("mslib.")),
 }))
 """
 
@@ -246,3 +259,8 @@ def test_importing_loads_little_besides_torch(after_import):
     others = {name for name in after_import["loaded"] if name[0] != "_"} - known
     assert not others
     assert not [name for name in after_import["inner"] if name.startswith("mslib.course")]
+
+
+def test_help_and_figures_change_nothing(after_import):
+    """--help loads no library of figures; figures leave the defaults of matplotlib alone."""
+    assert after_import["by_help"] == [] and after_import["defaults of figures"]

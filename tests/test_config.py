@@ -36,6 +36,9 @@ def test_phase_is_what_fit_needs():
     assert cfg.phase("baseline") == {"epochs": cfg.epochs, "lr": 0.3, **common}
     assert cfg.phase("sparse") == {"epochs": cfg.sparse_epochs, "lr": 0.2, **common}
     assert cfg.phase("finetune") == {"epochs": 9, "lr": cfg.finetune_lr, **common}
+    growing = ms.config("quick", growing_lr=1e-3, growing_schedule="constant").phase("growing")
+    assert growing["epochs"] == cfg.sparse_epochs and growing["lr"] == 1e-3
+    assert growing["schedule"] == "constant" and cfg.phase("growing") == cfg.phase("sparse")
 
 
 def test_auto_is_quick_without_a_gpu(monkeypatch):
@@ -255,3 +258,15 @@ def test_shares_of_layers_are_a_setting():
     cfg = ms.config("quick", layer_reduction={"stage1": 0.5})
     assert ms.config("quick", **cfg.overrides()) == cfg
     assert ms.config("quick").layer_reduction == {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32}
+
+
+def test_decisions_name_the_best_and_what_is_level_with_it():
+    tops = {"a": (90.0, 91.0, 92.0), "b": (88.0, 89.1, 89.9), "c": (89.9, 91.2, 91.6), "d": (50.0,)}
+    rows = [(0.5, seed, m, t) for m, found in tops.items() for seed, t in enumerate(found)]
+    table = pd.DataFrame(rows, columns=["reduction", "seed", "method", "end"])
+    row = ms.decisions(table[table.method != "d"], {"end": "a few epochs"}).iloc[0]
+    assert (row["use"], row["next best"], row["level with it"]) == ("a", "c", "c")
+    # the differences are 0.1, -0.2 and 0.4: mean 0.1, sd 0.3, t of two degrees of freedom 4.303
+    assert row["gain"] == "0.10 ± 0.75" and row["seeds"] == 3 and row["top-1 %"] == 91
+    alone = ms.decisions(table, {"end": "a few epochs"}).iloc[0]  # d has the first seed only
+    assert alone["gain"] == "0.10, one seed" and alone["level with it"] == "not known"

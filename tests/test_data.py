@@ -17,10 +17,13 @@ from torch.utils.data import (
 from torchvision import datasets, transforms
 
 import mslib as ms
+from mslib.data.archives import layout, opened
 from mslib.data.shapes import CLASSES, draw_shapes
 from mslib.data.sources import dataset_identity, find_dataset
 from mslib.data.tensors import Split, augment, batches, draw
 from mslib.files import ROOT, data_folder
+
+from .conftest import EVERY, WHOLE_CIFAR
 
 
 @pytest.fixture
@@ -483,11 +486,18 @@ def test_folders_are_scaled_as_tensors_are(folder):
     assert torch.equal(torch.cat([x for x, _ in data.test]), want)
 
 
-def test_the_cifar_copy(cifar):
-    data = ms.load_data(cifar)
-    assert (len(data.train), len(data.val), len(data.test)) == (45_000, 5_000, 10_000)
-    assert data.test.labels.bincount().tolist() == [1000] * 10 and data.classes[:2] == (
-        "airplane",
-        "automobile",
-    )
+def test_the_cifar_copy(cifar, few_cifar, monkeypatch, tmp_path):
+    """The names of all images, and the pixels of some; with MSLIB_WHOLE_CIFAR=1 of all."""
+    with opened(cifar) as (names, _):
+        classes, found, note = layout(cifar, names)
+    assert (len(found["train"]), len(found["test"]), note) == (50_000, 10_000, "")
+    assert classes[:2] == ["airplane", "automobile"]
+    if not WHOLE_CIFAR:
+        monkeypatch.setattr("mslib.data.sources.data_folder", lambda: tmp_path)
+    data = ms.load_data(cifar if WHOLE_CIFAR else few_cifar)
+    share = 1 if WHOLE_CIFAR else EVERY
+    sizes = tuple(n // share for n in (45_000, 5_000, 10_000))
+    assert (len(data.train), len(data.val), len(data.test)) == sizes
+    assert data.test.labels.bincount().tolist() == [1000 // share] * 10
+    assert data.classes == tuple(classes) and data.input_shape == (3, 32, 32)
     assert 100 < float(data.train.images[:5000].float().mean()) < 140

@@ -75,6 +75,19 @@ def test_every_output_of_several_inputs_is_compared(suffix, by_name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Any(nn.Conv2d):
+    """As wrappers have it: the signature names no input."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_forward_of_any_arguments_is_exported(tmp_path):
+    assert ms.export(Any(3, 4, 1), tmp_path / "any.pt2", IMAGE) < 1e-4
+    other = torch.randn(5, 3, 8, 8)
+    assert torch.export.load(tmp_path / "any.pt2").module()(other).shape == (5, 4, 8, 8)
+
+
 def test_exports_that_are_refused(pruned, tmp_path):
     model, x = pruned
     with pytest.raises(ValueError, match="small.pth: the ending decides on the format; expected"):

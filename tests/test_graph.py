@@ -858,8 +858,11 @@ def test_outputs_of_any_form_are_kept_and_compared(wrap, monkeypatch):
     assert same(small.out(small.inner(x)), masked.out(masked.inner(x)))
     # the comparison of the cut sees what is inside
     monkeypatch.setattr("mslib.pruning.surgery.sync_widths", _spoil)
-    with pytest.raises(ValueError, match="differs from the masked one"):
-        ms.prune(graph, masks)
+    swapped = stem_and(lambda net, x: wrap(x, net.out(net.inner(x))), inner=cbr(8, 6), out=head(6))
+    for each in (graph, ms.ChannelGraph(lively(swapped).double(), X)):  # whatever comes first
+        assert each.reason("stem.1") == "it is an output of the network"
+        with pytest.raises(ValueError, match="differs from the masked one"):
+            ms.prune(each, masks)
 
 
 def _spoil(model):
@@ -1097,6 +1100,41 @@ def test_stochastic_depth_in_training_mode():
     small = ms.prune(graph, masks)
     assert len(masks) == 13 and small.training
     assert difference(small.eval(), silenced(model, masks).eval(), X) < 1e-9
+
+
+def test_a_buffer_that_forward_writes_stays_as_it_is():
+    model = stem_and(lambda net, x: (net.seen.add_(1), net.out(x))[1], out=head(8))
+    model.register_buffer("seen", torch.zeros(1))
+    model = lively(model).double()
+    small = ms.prune(model, {"stem.1": torch.arange(8) > 2}, X, fold_bias=True)
+    assert small.seen == model.seen == 0
+
+
+def counting(net, x):
+    """Counts channels of one branch where the other has been read last."""
+    a, b = net.a(x), net.b(x)
+    if a.shape[1] != 8:
+        raise RuntimeError("8 channels, please")
+    return net.out(torch.cat([a, b], 1))
+
+
+def test_only_the_culprit_stays_whole():
+    net = Net(counting, a=cbr(3, 8), b=cbr(3, 8), out=head(16))
+    graph = ms.ChannelGraph(lively(net).double(), X)
+    assert graph.prunable_norms() == ["b.1"]
+    assert graph.reason("a.1") == "the forward around a.1 counts on its number of channels"
+
+
+def test_inside_inference_mode():
+    """PyTorch hands out other operations there: linear and conv2d as they are."""
+    model = lively(ms.resnet(8))
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 32, 32)
+        masks = ms.masks_for_macs(model, x, 0.3)
+        small = ms.prune(model, masks, x)
+        assert ms.cost(model, x) == ms.cost(model, x.clone())
+        assert ms.cost(small, x).macs <= 0.7 * ms.cost(model, x).macs
+    assert set(masks) == {f"stage{i}.0.bn1" for i in (1, 2, 3)}
 
 
 def test_random_numbers_are_not_used_up():

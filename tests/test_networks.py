@@ -1,7 +1,8 @@
 """Any network: torchvision's, timm's, and hundreds of random ones. Pruned equals masked, always.
 
 `python -m tests.test_networks` prints the README's table of what works. MSLIB_RANDOM_NETWORKS: how
-many random networks are tried, 120 unless it says otherwise.
+many random networks are tried, 40 unless it says otherwise. MSLIB_NETWORKS=all: all of the lists
+below, not only those that stand for a kind.
 """
 
 import os
@@ -15,12 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import mslib as ms
+from mslib.exports import feed, session
 from mslib.networks import resize
 
 from .conftest import lively
-from .cutting import Net, difference, half, image, silenced, size
+from .cutting import Net, difference, half, image, outputs, silenced, size
 
-RANDOM = int(os.environ.get("MSLIB_RANDOM_NETWORKS", "120"))
+RANDOM = int(os.environ.get("MSLIB_RANDOM_NETWORKS", "40"))
+ALL = os.environ.get("MSLIB_NETWORKS") == "all"
 
 NAMES = (
     "resnet18",
@@ -105,6 +108,24 @@ TIMM = (
 )
 
 
+TIMM_KINDS = {  # what the others consist of, too
+    "test_resnet",
+    "test_efficientnet",
+    "resnet18d",
+    "skresnet18",
+    "resnest14d",
+    "eca_resnext26ts",
+    "mobilenetv3_small_050",
+    "rexnet_100",
+    "regnety_002",
+    "hrnet_w18_small",
+    "ese_vovnet19b_slim_dw",
+    "repghostnet_050",
+    "convnext_atto",
+}
+assert set(TIMM) > TIMM_KINDS
+
+
 def network(name):
     """(network in float64 with random BatchNorms, image). VGG and AlexNet narrower."""
     kwargs = {
@@ -164,9 +185,12 @@ def cut(model, x, free):
 
 
 LARGE = {"wide_resnet50_2", "vit_b_16", "maxvit_t"}  # in the table only
+LIKE_OTHERS = {"efficientnet_v2_s", "regnet_x_400mf", "convnext_tiny", "inception_v3"}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in LARGE])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n not in LARGE | (set() if ALL else LIKE_OTHERS)]
+)
 def test_torchvision(name):
     model, x = network(name)
     graph, masks, small = cut(model, x, name not in WHOLE)
@@ -196,7 +220,7 @@ def test_a_small_maxvit():
     assert len(masks) >= 4 and len(masks) < len(graph.norms)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", TIMM if ALL else sorted(TIMM_KINDS))
 def test_timm(name):
     timm = pytest.importorskip("timm")
     model = lively(timm.create_model(name, pretrained=False, num_classes=10)).double()
@@ -209,11 +233,13 @@ def test_few_of_timm_stay_whole():
     assert len(TIMM) >= 30 and len(TIMM_WHOLE) <= 5
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "densenet121", "mobilenet_v2", "regnet_x_400mf", "resnext50_32x4d"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "mobilenet_v2", "resnext50_32x4d"])
 def test_torch_pruning_makes_the_same_network(name):
-    model, x = network(name)
+    if name == "densenet":
+        small = torchvision.models.DenseNet(8, (3, 3), 16, num_classes=5)
+        model, x = lively(small).double(), image(1, 3, 32, 32)
+    else:
+        model, x = network(name)
     graph = ms.ChannelGraph(model, x)
     masks = half(graph)
     ours, theirs = ms.prune(graph, masks), silenced(model, masks)
@@ -464,6 +490,7 @@ def test_random_networks():
         small = ms.prune(graph, masks)
         assert difference(small, silenced(model, masks), x) < 1e-9, f"seed {seed}: {model}"
         smaller += size(small) < size(model)
+        ms.prune(graph, masks, fold_bias=True)  # compared inside, without a border
         if seed % 5 == 0:  # once more
             again = ms.ChannelGraph(small, x)
             masks = half(again, seed=seed + 1)
@@ -472,9 +499,9 @@ def test_random_networks():
     assert smaller > 0.97 * RANDOM
 
 
-@pytest.mark.parametrize("seed", range(0, 24, 2))
+@pytest.mark.parametrize("seed", range(0, RANDOM, 4))
 def test_random_networks_in_files(seed, tmp_path):
-    """Cut, saved, loaded, cut again, saved again: equal at each step."""
+    """Cut, saved, loaded, cut again, saved again, and of some exported: equal at each step."""
     model, x = drawn(seed)
     for step in range(2):
         graph = ms.ChannelGraph(model, x)
@@ -485,11 +512,25 @@ def test_random_networks_in_files(seed, tmp_path):
         assert difference(model, small, x) == 0
         assert difference(model, silenced(graph.model, masks), x) < 1e-9
         assert str(model) == str(small)  # the widths that layers tell
+    if seed % 16 == 0:
+        model = getattr(model, "body", model)  # ONNX knows no output that is a number or None
+        exported_alike(model.float(), x.float(), tmp_path / "small.onnx")
+
+
+def exported_alike(model, x, path):
+    """ONNX Runtime computes the same, of these images and of another number of others."""
+    assert ms.export(model, path, x) < 1e-4
+    file = session(path)
+    for batch in (x, image(3, *x.shape[1:], seed=1).float()):
+        found = file.run(None, feed(file, (batch,), {}))
+        for ours, theirs in zip(outputs(model, batch), found, strict=True):
+            off = (ours - torch.from_numpy(theirs)).abs().max()
+            assert off < 1e-4 * ours.abs().max()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5"])
 def test_networks_in_files(name, tmp_path):
-    model, x = lively(ms.network(name, 10)).double(), image(2, 3, 64, 64)
+    model, x = lively(ms.network(name, 10)).double(), image(2, 3, 32, 32)
     for step in range(2):
         graph = ms.ChannelGraph(model, x)
         masks = half(graph, seed=step)

@@ -161,6 +161,41 @@ def test_a_cut_that_differs_on_the_example_is_refused(fold, monkeypatch):
         ms.prune(model, masks, x, fold_bias=fold)
 
 
+def test_a_folding_that_differs_is_refused(monkeypatch):
+    """Also of a network that pads: it is compared where there is no border."""
+    model, x = lively(ms.resnet(8)), torch.randn(2, 3, 32, 32)
+    masks = {"stage1.0.bn1": torch.arange(16) < 4}
+    ms.prune(model, masks, x, fold_bias=True)
+    monkeypatch.setattr(surgery, "_fold", lambda *_: None)
+    with pytest.raises(ValueError, match="the pruned network differs from the masked one by"):
+        ms.prune(model, masks, x, fold_bias=True)
+
+
+class Padding(nn.Module):
+    """All ways in which zeros come around an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding="same"), nn.BatchNorm2d(8)
+        self.around, self.pool = nn.ZeroPad2d((1, 0, 2, 1)), nn.AvgPool2d(3, 2, 1)
+        self.conv = nn.Conv2d(8, 6, (3, 1), padding=(2, 0), stride=2)
+        self.out = nn.Conv2d(6, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        return self.out(self.conv(self.pool(F.pad(self.around(x), (2, 1)))))
+
+
+def test_folding_is_compared_whatever_pads_with_zeros():
+    model, x = lively(Padding()).double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    masks = {"bn": torch.arange(8) % 3 > 0}
+    folded = ms.prune(model, masks, x, fold_bias=True)  # refused if any of them made a border
+    constant = ms.zero_masked(model, masks, x, keep_bias=True)
+    assert difference(ms.prune(model, masks, x), constant, x) > 1e-3  # the constants do matter
+    with surgery._Borderless():
+        assert difference(folded, constant, x) < 1e-9
+
+
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_network_that_has_diverged_is_refused(value):
     model, x = lively(ms.resnet(8)), torch.randn(2, 3, 32, 32)

@@ -1,6 +1,11 @@
-"""The measured results that come with the course: complete, and what their own weights say."""
+"""The measured results that come with the course: complete, and what their own weights say.
+
+`python -m tests.test_reference` writes what the stored networks say of every 25th test image of
+CIFAR-10 (JPEG copy), after it has seen that they reach the reported top-1 on all of them.
+"""
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,8 +15,12 @@ import yaml
 import mslib as ms
 from mslib.course.results import tables
 from mslib.course.sweeps import grid
+from mslib.data.tensors import Split, batches
+
+from .conftest import EVERY, SHARED, WHOLE_CIFAR
 
 REFERENCE = tables() / "reference"
+PREDICTED = Path(__file__).parent / "predictions.json"
 
 METRICS = sorted(REFERENCE.glob("*/*/metrics.json"))
 WEIGHTS = {
@@ -48,22 +57,58 @@ def test_a_reference_says_how_it_was_measured(name, lesson):
             assert len(stage.gammas(history.parent.name)) == settings["epochs"] + 1
 
 
-@pytest.mark.parametrize("name, lesson", stages())
-def test_the_weights_reach_the_reported_top1_on_the_real_test_images(name, lesson, request):
-    stage = ms.reference(name)[lesson]
-    found = [
-        key
-        for key in WEIGHTS
-        if (stage / f"{key}.pt").exists() or (stage / key / "model.pt").exists()
-    ]
-    if not found:
-        pytest.skip("no weights in this stage")
-    data = ms.load_data(request.getfixturevalue("cifar"))
-    for key in found:
-        model, row = stage.model(key), stage.rows.set_index("name").loc[WEIGHTS[key]]
-        price = ms.cost(model, torch.zeros(1, 3, 32, 32))
-        assert (price.macs, price.params) == (row.macs, row.params)
-        assert ms.evaluate(model, data.test) == pytest.approx(row.top1, abs=0.05)
+def with_weights():
+    """(network as in PREDICTED, stage, key of its weights) of every network that is stored."""
+    for metrics in METRICS:
+        name, lesson = metrics.parent.parent.name, metrics.parent.name
+        stage = ms.reference(name)[lesson]
+        for key in WEIGHTS:
+            if (stage / f"{key}.pt").exists() or (stage / key / "model.pt").exists():
+                yield f"{name}/{lesson}/{key}", stage, key
+
+
+def reported(stage, key):
+    return stage.rows.set_index("name").loc[WEIGHTS[key]]
+
+
+@torch.no_grad()
+def predictions(model, split):
+    """A digit for each image: the class that the network says."""
+    model.eval()
+    said = [model(x).argmax(1) for x, _ in batches(split, 200)]
+    return "".join(map(str, torch.cat(said).tolist()))
+
+
+STORED = [pytest.param(stage, key, path, id=path) for path, stage, key in with_weights()]
+
+
+@pytest.mark.parametrize("stage, key, path", STORED)
+def test_stored_weights_cost_what_is_reported(stage, key, path):
+    row, price = reported(stage, key), ms.cost(stage.model(key), torch.zeros(1, 3, 32, 32))
+    assert (price.macs, price.params) == (row.macs, row.params)
+
+
+@pytest.mark.parametrize("stage, key, path", STORED)
+def test_stored_weights_say_what_they_said_of_real_test_images(
+    stage, key, path, few_cifar, monkeypatch, tmp_path
+):
+    """Of every 25th: those answers are kept, beside the top-1 on all that they were part of."""
+    monkeypatch.setattr("mslib.data.sources.data_folder", lambda: tmp_path)
+    test, kept = ms.load_data(few_cifar).test, json.loads(PREDICTED.read_text())[path]
+    found, labels = predictions(stage.model(key), test), test.labels.tolist()
+    same = sum(a == b for a, b in zip(found, kept, strict=True))
+    assert same >= 0.99 * len(kept)  # a rounding may turn over what was on the edge
+    share = reported(stage, key).top1 / 100
+    right = sum(int(a) == label for a, label in zip(kept, labels)) / len(kept)
+    assert abs(right - share) < 4 * (share * (1 - share) / len(kept)) ** 0.5
+
+
+@pytest.mark.parametrize("stage, key, path", STORED)
+def test_stored_weights_reach_the_reported_top1_on_all_real_test_images(stage, key, path, cifar):
+    if not WHOLE_CIFAR:
+        pytest.skip("10,000 images: with MSLIB_WHOLE_CIFAR=1")
+    found = ms.evaluate(stage.model(key), ms.load_data(cifar).test)
+    assert found == pytest.approx(reported(stage, key).top1, abs=0.05)
 
 
 @pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.yml")), ids=lambda p: p.stem)
@@ -90,3 +135,18 @@ def test_a_comparison_is_whole_fair_and_made_as_its_file_says(path):
         right = table[column] * images / 100
         assert (right - right.round()).abs().max() < 1e-6, "a share of whole images"
     assert table.hardware.nunique() == table.torch.nunique() == 1
+
+
+def write_predictions():
+    test = ms.load_data(SHARED.resolve() / "data" / "cifar10-jpeg.tar.gz").test
+    few, said = Split(test.images[::EVERY], test.labels[::EVERY]), {}
+    for path, stage, key in with_weights():
+        model = stage.model(key)
+        top1 = ms.evaluate(model, test)
+        assert abs(top1 - reported(stage, key).top1) < 0.05, f"{path}: {top1}"
+        said[path] = predictions(model, few)
+    PREDICTED.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_predictions()

@@ -22,6 +22,8 @@ LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 EXTRAS = PROJECT["optional-dependencies"]
+COURSE = [name for name in EXTRAS if name not in ("all", "site")]  # what `all` stands for
+PAGES = {path: path.read_text(encoding="utf-8") for path in stamp.pages()}
 
 
 def requirements(path):
@@ -34,7 +36,7 @@ def requirements(path):
 
 def test_a_conda_environment_holds_all_extras():
     conda, pip = requirements("environment.yml")
-    wanted = {*PROJECT["dependencies"]}.union(*(EXTRAS[name] for name in EXTRAS if name != "all"))
+    wanted = {*PROJECT["dependencies"]}.union(*(EXTRAS[name] for name in COURSE))
     assert wanted - {"pandas"} <= conda | {*pip}  # pandas: the tests' narrower range
     assert "-e ." in pip
 
@@ -47,9 +49,10 @@ def test_binder_holds_the_course_without_the_tests():
     assert any(re.fullmatch(r"python=3\.\d+", entry) for entry in conda)
 
 
-def test_make_and_all_take_every_extra():
-    assert EXTRAS["all"] == [f"mslib[{','.join(name for name in EXTRAS if name != 'all')}]"]
-    assert '-e ".[all]"' in (ROOT / "Makefile").read_text()
+def test_make_and_all_take_every_extra_but_the_site():
+    assert EXTRAS["all"] == [f"mslib[{','.join(COURSE)}]"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert '-e ".[all]"' in makefile and '-e ".[site]"' in makefile
 
 
 def test_the_workflow_runs_both_commands_on_the_oldest_and_the_newest_python():
@@ -58,6 +61,17 @@ def test_the_workflow_runs_both_commands_on_the_oldest_and_the_newest_python():
     versions = job["strategy"]["matrix"]["python"]
     assert f">={versions[0]}" == PROJECT["requires-python"] and len(versions) == 2
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make run", "make test"]
+
+
+def test_the_workflow_of_the_site_tests_what_it_publishes():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())
+    build, deploy = workflow["jobs"]["build"], workflow["jobs"]["deploy"]
+    runs = [step["run"] for step in build["steps"] if "run" in step]
+    assert runs[0] == "make site" and "tests/test_site.py" in runs[1]
+    uploads = [step["with"]["path"] for step in build["steps"] if "upload" in step.get("uses", "")]
+    assert uploads == ["build/site"]
+    assert deploy["needs"] == "build" and "refs/heads/main" in deploy["if"]
+    assert deploy["permissions"] == {"pages": "write", "id-token": "write"}
 
 
 def test_the_citation_file_says_what_version_1_2_of_the_format_requires():
@@ -84,50 +98,66 @@ def test_binder_installs_the_course():
 
 
 def places(root):
-    """(file, "owner/name") of every badge, clone command and link in README and lessons."""
-    for path in (root / "README.md", *sorted((root / "notebooks").glob("*.ipynb"))):
+    """(file, "owner/name") of every badge, clone command and link in README, pages and lessons."""
+    files = [
+        root / "README.md",
+        *(root / "site").glob("*.md"),
+        *(root / "notebooks").glob("*.ipynb"),
+    ]
+    for path in files:
         for found in re.finditer(stamp.PLACES, path.read_text()):
             yield path, found.group(0).removeprefix(found.group(1))
 
 
 def test_every_badge_and_link_has_the_address_of_pyproject():
     found = list(places(ROOT))
-    assert {path.name for path, _ in found} == {"README.md", *(p.name for p in LESSONS)}
+    assert {path.name for path, _ in found} >= {"README.md", *(p.name for p in LESSONS)}
     assert {where for _, where in found} == {stamp.address()}
 
 
-def test_readme_and_lessons_are_stamped():
-    """Numbers in README come out of data/reference: `python -m mslib stamp` writes them."""
-    assert [found.group(2) for found in stamp.SECTION.finditer(README)] == [*stamp.MADE]
-    for path in (ROOT / "README.md", *LESSONS):
-        text = path.read_text(encoding="utf-8")
-        assert stamp.stamped(text) == text, f"{path.name}: run `python -m mslib stamp`"
+def test_readme_pages_and_lessons_are_stamped():
+    """Their numbers come out of data/reference: `python -m mslib stamp` writes them."""
+    sections = [found.group(2) for text in PAGES.values() for found in stamp.SECTION.finditer(text)]
+    assert sorted(sections) == sorted(stamp.MADE)
+    for path in (*PAGES, *LESSONS):
+        text, up = path.read_text(encoding="utf-8"), "" if path.parent == ROOT else "../"
+        assert stamp.stamped(text, up) == text, f"{path.name}: run `python -m mslib stamp`"
+
+
+def test_readme_is_short():
+    prose = re.sub(r"```.*?```|<!--.*?-->|\]\([^)]*\)", "", README, flags=re.S)
+    assert len(re.findall(r"\w[\w.'’%-]*", prose)) <= 700  # what is longer has a page in site/
 
 
 def test_stamping_replaces_what_stands_between_the_markers(monkeypatch):
     monkeypatch.setitem(stamp.MADE, "bench", lambda: "new\n")
     text = "before <!-- bench -->\nold\n<!-- /bench --> after, <!-- other -->\nkept\n"
     assert stamp.stamped(text) == text.replace("old", "new")
+    monkeypatch.setitem(stamp.MADE, "bench", lambda: "[new](data/new.csv)\n")
+    linked = text.replace("old", "[new](../data/new.csv)")  # from a page in a folder below
+    assert stamp.stamped(text, up="../") == linked
 
 
 def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
     ours = f'Repository = "https://github.com/{stamp.address()}"'
-    for path in (ROOT / "README.md", ROOT / "pyproject.toml", *LESSONS):
+    for path in (*PAGES, ROOT / "pyproject.toml", *LESSONS):
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         other = 'Repository = "https://github.com/me/my.course"'
         target.write_text(path.read_text().replace(ours, other))
     monkeypatch.setattr(stamp, "ROOT", tmp_path)
     before = len(list(places(tmp_path)))
-    assert len(stamp.stamp()) == 1 + len(LESSONS) and stamp.stamp() == []
+    named = {path for path, _ in places(tmp_path)}
+    assert set(stamp.stamp()) == {path.relative_to(tmp_path) for path in named}
+    assert stamp.stamp() == []
     after = list(places(tmp_path))
     assert len(after) == before and {where for _, where in after} == {"me/my.course"}
     for path in (tmp_path / "notebooks").iterdir():
         nbformat.validate(nbformat.read(path, 4))
 
 
-def test_links_in_readme_and_lessons_lead_somewhere():
-    texts = [(ROOT / "README.md", README)]
+def test_links_in_readme_pages_and_lessons_lead_somewhere():
+    texts = list(PAGES.items())
     texts += [
         (p, "\n".join(c.source for c in nbformat.read(p, 4).cells if c.cell_type == "markdown"))
         for p in LESSONS
@@ -137,11 +167,12 @@ def test_links_in_readme_and_lessons_lead_somewhere():
             assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
-def test_readme_names_only_what_exists():
+def test_readme_and_pages_name_only_what_exists():
+    text = "\n".join(PAGES.values())
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     blocks, inline = (
-        re.findall(r"```bash\n(.*?)```", README, re.S),
-        re.findall(r"`([^`\n]+)`", README),
+        re.findall(r"```bash\n(.*?)```", text, re.S),
+        re.findall(r"`([^`\n]+)`", text),
     )
     code = "\n".join(blocks + inline)
     named = set(re.findall(r"^make ([a-z]+)", code, re.M))
@@ -151,13 +182,13 @@ def test_readme_names_only_what_exists():
     for command in commands:
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
-    for name in re.findall(r"ms\.(\w+)", README):
+    for name in re.findall(r"ms\.(\w+)", text):
         assert hasattr(ms, name), name
-    for extra in re.findall(r"mslib\[(\w+)\]", README):
+    for extra in re.findall(r"mslib\[(\w+)\]", text):
         assert extra in EXTRAS
-    floors = re.findall(r"^\| `mslib/(\w+)/` \|", README, re.M)
+    floors = re.findall(r"^\| `mslib/(\w+)/` \|", text, re.M)
     assert {"pruning", "penalties", "training", "data", "course"} == {*floors}
-    for name in re.findall(r"`(\w+\.py)`", README):
+    for name in re.findall(r"`(\w+\.py)`", text):
         assert (ROOT / "mslib" / name).exists(), name
 
 

@@ -21,10 +21,10 @@ from mslib.training.device import pick_layout, pick_precision
 from mslib.training.runs import Run, locked, read_history
 
 from . import trainings
-from .conftest import tiny_data
+from .conftest import lively, tiny_data
 
 FAST = dict(epochs=2, lr=0.05, batch_size=16, precision="fp32", device="cpu")
-TRIALS = int(os.environ.get("MSLIB_TRIALS", 6))
+TRIALS = int(os.environ.get("MSLIB_TRIALS", 2))
 
 
 def small(seed=0, classes=3):
@@ -133,6 +133,43 @@ def test_fit_is_a_textbook_training_step_by_step(schedule):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_a_teacher_takes_half_of_the_loss_and_stays_as_it_is():
+    """One step, against the formula of Hinton et al. 2015 written out."""
+    ours, teacher, data = smooth(), lively(smooth()), tiny_data(16)
+    teacher[-1].weight.data *= 30  # it is sure of what it says
+    theirs, before = copy.deepcopy(ours), copy.deepcopy(teacher)
+    how = dict(epochs=1, lr=0.1, batch_size=16, schedule="constant", weight_decay=0.0)
+    history = ms.fit(ours, data, **how, teacher=teacher, precision="fp32", device="cpu")
+    lot = torch.Generator().manual_seed(0)
+    x, y = next(iter(batches(data.train, 16, lot)))
+    z = theirs.train()(x)
+    with torch.no_grad():
+        wanted = (teacher.eval()(x) / 4).softmax(1)
+    divergence = (wanted * (wanted.log() - (z / 4).log_softmax(1))).sum(1).mean()
+    entropy = nn.functional.cross_entropy(z, y)
+    goal = entropy / 2 + 16 * divergence / 2
+    assert history.loss[0] == pytest.approx(float(entropy), rel=1e-5)
+    assert float(divergence) > 1e-2  # they differ enough to tell
+    for p, q, g in zip(
+        ours.parameters(), theirs.parameters(), torch.autograd.grad(goal, theirs.parameters())
+    ):
+        assert torch.allclose(p, q - 0.1 * 1.9 * g, atol=1e-6)  # Nesterov's first step
+    assert same(before, teacher)
+
+
+def test_a_run_with_a_teacher_is_another_run(tmp_path):
+    for teacher in (None, small(1)):
+        ms.fit(small(), tiny_data(), **FAST, teacher=teacher, run=tmp_path / str(teacher is None))
+    frozen = small(1).requires_grad_(False)  # may teach all the same, and is another network
+    for teacher in (small(1), small(2), frozen):
+        with pytest.raises(ValueError, match="made with other settings: teacher"):
+            ms.fit(small(), tiny_data(), **FAST, teacher=teacher, run=tmp_path / "True")
+    with pytest.raises(ValueError, match="the teacher has 5 outputs and the network 3"):
+        ms.fit(small(), tiny_data(), **FAST, teacher=small(classes=5))
+    with pytest.raises(TypeError, match="expected a trained network"):
+        ms.fit(small(), tiny_data(), **FAST, teacher="resnet")
+
+
 # ---- killed, damaged, met by another -----------------------------------------------------------
 
 
@@ -159,21 +196,33 @@ def same_run(a, b):
     assert not list(b.glob("epoch-*.pt")) and not list(b.glob(".*.part*"))
 
 
-def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_path):
-    whole, seconds = undisturbed
-    folder, kills, newest, lot = tmp_path / "run", 0, "", random.Random()
+def trained_with_kills(folder, seconds, most):
+    """Start a training until it has ended, and kill it at `most` random moments; how many it was.
+
+    It may end before: a moment can lie behind its end.
+    """
+    kills, newest, lot = 0, "", random.Random()
     while not (folder / "history.json").exists():
         process = trainings.start(folder)
-        process.join(lot.uniform(0.1, 0.9) * seconds if kills < TRIALS else 60)
+        process.join(lot.uniform(0.1, 0.9) * seconds if kills < most else 60)
         process.kill()  # SIGKILL
         process.join()
         kills += process.exitcode != 0
         found = max((p.name for p in folder.glob("epoch-*.pt")), default=newest)
         assert found >= newest  # no epoch is trained twice once it has been written
         newest = found
-    assert kills
     trainings.start(folder).join()  # the last may have been killed while it tidied up
-    same_run(whole, folder)
+    return kills
+
+
+def test_killed_at_random_moments_it_is_the_same_bit_for_bit(undisturbed, tmp_path):
+    whole, seconds = undisturbed
+    kills = run = 0
+    while kills < TRIALS:
+        run += 1
+        folder = tmp_path / str(run)
+        kills += trained_with_kills(folder, seconds, TRIALS - kills)
+        same_run(whole, folder)
 
 
 def test_two_processes_in_one_folder_lose_nothing(undisturbed, tmp_path):

@@ -60,6 +60,14 @@ def hold(folder, held):
         multiprocessing.Event().wait()
 
 
+def take_the_stage(cfg, said):
+    """Wait for a stage of the course, and tell what is said meanwhile."""
+    from mslib.course.lessons import _alone
+
+    with _alone(ms.stage("01_baseline", cfg), said.put):
+        said.put("mine")
+
+
 def share(folder, frozen=True):
     """A training that several processes may do together; its run folder, and what this one has."""
     torch.set_num_threads(1)

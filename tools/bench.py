@@ -28,7 +28,7 @@ from mslib.networks import network, resnet
 from mslib.pruning.graph import ChannelGraph
 from mslib.pruning.masks import masks_for_macs
 from mslib.pruning.surgery import prune
-from mslib.training.device import pick_device
+from mslib.training.device import pick_device, pick_precision
 from mslib.training.loop import fit
 from mslib.training.runs import environment
 
@@ -102,10 +102,7 @@ def _compiles() -> bool:
 
 def this_precision() -> str:
     """The precision that `fit` takes by itself for a CIFAR ResNet on this device."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    in_hardware = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if in_hardware() else "fp32"
+    return pick_precision("auto", pick_device(), resnet(8), torch.zeros(1, 3, 32, 32))
 
 
 def matmul_rate(precision: str, side: int | None = None, seconds: float = 0.5) -> float:

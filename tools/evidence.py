@@ -1,6 +1,6 @@
 """Recovery curves: what each method's cut costs, and how much repair brings it back.
 
-    python -m tools.evidence data/reference/recovery-cifar10.yml --dataset PATH -p seed 0
+    python -m tools.evidence data/recovery-cifar10.yml --dataset PATH -p seed 0
 
 The YAML file holds every number. Each measurement is a row of the CSV file beside the YAML; what is
 there already is not measured again, and trainings resume where they were killed.
@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 import mslib as ms
+from mslib.data.tensors import steps_per_epoch
 from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
@@ -56,7 +57,7 @@ class Recovery:
         self.s, self.data, self.table = s, data, table
         self.shared = runs / f"resnet{s['depth']}-seed{s['seed']}"
         self.runs = self.shared / f"{s['reduction']}"
-        self.prepared: dict[str, tuple[nn.Module, Masks | None]] = {}
+        self.prepared: dict[str, tuple[nn.Module, Masks]] = {}
 
     def baseline(self) -> nn.Module:
         torch.manual_seed(self.s["seed"])
@@ -86,10 +87,13 @@ class Recovery:
         if method in self.prepared:
             return self.prepared[method]
         s, net, example = self.s, self.baseline(), self.data.example
-        steps = s["prepare"] * (len(self.data.train) // 128)
+        steps = s["prepare"] * steps_per_epoch(self.data.train, 128)
         rates = ms.learning_rates(s["repair_lr"], steps)
         reach = ms.push(1.0, s["repair_lr"], steps)
-        penalty, masks, run = None, None, self.runs / method
+        penalty: Any = None
+        masks: Any = None  # until it is known what to cut
+        pace: Any
+        run = self.runs / method
         if method == "global":
             penalty, run = ms.GlobalL1(net, example, s["global_push"] / reach), self.shared / method
         elif method == "masked-global":

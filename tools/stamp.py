@@ -1,7 +1,8 @@
-"""What stands in one place and is written into README and lessons.
+"""What stands in one place and is written into README, the pages of the site, and the lessons.
 
-The repository's address stands in pyproject.toml, measured results in data/reference. README shows
-them between markers, such as <!-- bench --> and <!-- /bench -->; what stands there is made here.
+The repository's address stands in pyproject.toml, measured results in data/reference. README and
+the pages show them between markers, such as <!-- bench --> and <!-- /bench -->; what stands there
+is made here.
 """
 
 import re
@@ -28,22 +29,30 @@ def address() -> str:
 # ---- the reference run ---------------------------------------------------------------------------
 
 
+def _folder() -> str:
+    """Where the reference run of the lessons lies, from ROOT."""
+    return f"data/reference/{next(iter(reference().values())).path.parent.name}"
+
+
+def figure() -> str:
+    """The reference run in one picture."""
+    return f"![What the cut costs, and what is left after fine-tuning]({_folder()}/result.png)\n"
+
+
 def results() -> str:
-    """The table of the reference run that the lessons show, with a figure and how it was made."""
+    """The table of the reference run that the lessons show, and how it was made."""
     stages = list(reference().values())
     table = scoreboard(stages)
     # lessons up to 05 in full; of the later ones only what they end with
     early = [len(s.rows) for s in stages if s.lesson[:2] <= "05" and s.metrics["rows"]]
     ends = table.network.str.contains("fine-tuned") & ~table.network.str.startswith("VGG")
     table = table[(table.index < sum(early)) | ends]
-    folder = f"data/reference/{stages[0].path.parent.name}"
-    copies = [f"[{s.lesson[:2]}]({folder}/{s.lesson}/{s.lesson}.ipynb)" for s in stages]
+    copies = [f"[{s.lesson[:2]}]({_folder()}/{s.lesson}/{s.lesson}.ipynb)" for s in stages]
     hidden = ("image_size", "train_size", "test_size")
     settings = [f"{k} {v}" for k, v in stages[-1].settings.items() if k not in hidden]
     m, minutes = stages[-1].metrics, sum(s.minutes for s in stages)
     made = f"{m['date']}, {m['hardware']}, {m['threads']} threads, torch {m['torch']}"
     return (
-        f"![What the cut costs, and what is left after fine-tuning]({folder}/result.png)\n\n"
         f"{_markdown(table.columns, table.astype(str).to_numpy())}\n\n"
         f"Test top-1 of one run with {', '.join(settings)}; {made}; "
         f"{minutes:.0f} minutes of training in all. "
@@ -77,10 +86,8 @@ def findings() -> str:
         f"- **After fine-tuning** the two end {behind(dense, 'global', 'masked')} the dense "
         "network that was trained on for as long. They end "
         f"{behind(scratch, 'global', 'masked')} the same small network trained from scratch.\n"
-        f"- **The growing penalties** of lesson 06 remove {grown:.0f} % of the MACs. They end "
-        f"{behind(dense, 'GReg-1', 'GReg-2')} the dense network.\n"
-        "- **The feature flow** of lesson 07 removes as much. It ends "
-        f"{behind(dense, *flows)} the dense network.\n"
+        f"- **Growing penalties and feature flow** (lessons 06 and 07) remove {grown:.0f} % of the "
+        f"MACs. They end {behind(dense, 'GReg-1', 'GReg-2', *flows)} the dense network.\n"
     )
 
 
@@ -196,8 +203,9 @@ def _markdown(heads: Iterable[str], rows: Iterable[Sequence[str]], numbers: bool
 
 # ---- writing -------------------------------------------------------------------------------------
 
-# section -> what makes it, in README's order
+# section -> what makes it; each stands in one place, in README or on a page of the site
 MADE: dict[str, Callable[[], str]] = {
+    "figure": figure,
     "findings": findings,
     "results": results,
     "comparison": comparison,
@@ -208,22 +216,31 @@ MADE: dict[str, Callable[[], str]] = {
 SECTION = re.compile(rf"(<!-- ({'|'.join(MADE)}) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
 
-def stamped(text: str) -> str:
-    """`text` of README or of a lesson, with the address and all sections as they should be."""
+def pages() -> list[Path]:
+    """README and the pages of the site."""
+    return [ROOT / "README.md", *sorted((ROOT / "site").glob("*.md"))]
+
+
+def stamped(text: str, up: str = "") -> str:
+    """`text` of a page or a lesson, with the address and all sections as they should be.
+
+    `up` leads from its folder to ROOT, such as "../".
+    """
 
     def section(found: re.Match[str]) -> str:
-        return found.group(1) + MADE[found.group(2)]() + found.group(4)
+        made = MADE[found.group(2)]().replace("](data/", f"]({up}data/")
+        return found.group(1) + made + found.group(4)
 
     text = re.sub(PLACES, lambda found: found.group(1) + address(), text)
     return SECTION.sub(section, text)
 
 
 def stamp() -> list[Path]:
-    """Bring README and lessons up to date; returns the files that changed, relative to ROOT."""
+    """Bring README, pages and lessons up to date; returns the changed files, relative to ROOT."""
     changed = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))):
+    for path in (*pages(), *sorted((ROOT / "notebooks").glob("*.ipynb"))):
         text = path.read_text(encoding="utf-8")
-        new = stamped(text)
+        new = stamped(text, "" if path.parent == ROOT else "../")
         if new != text:
             with replacing(path) as beside:
                 beside.write_text(new, encoding="utf-8")

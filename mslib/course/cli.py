@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     keep.add_argument("name")
     store = add("store", "execute the stored lessons anew and keep their outputs in notebooks/")
     bench = add("bench", "training, pruning and pruned networks against named alternatives")
-    add(
-        "stamp", "write the address of pyproject.toml and the measured results into README, lessons"
+    text = (
+        "write the address of pyproject.toml and the measured results into README, pages, lessons"
     )
+    add("stamp", text)
 
     table = str(ROOT / "runs" / "bench.json")
     bench.add_argument(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .results import half_width
+
 Case = tuple[Any, ...]  # the arguments of one call
 
 _SOLUTIONS: dict[str, tuple[Callable, Sequence[Case]]] = {}
@@ -79,6 +81,32 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+# ---- 00 · start here ---------------------------------------------------------------------------
+
+_FILTERS = torch.arange(24.0).reshape(4, 2, 1, 3)  # four inner channels of two inputs
+_READERS = torch.arange(36.0).reshape(3, 4, 1, 3)  # three outputs that read them
+
+
+@exercise(
+    (_FILTERS, _READERS, torch.tensor([True, False, True, True])),
+    (_FILTERS, _READERS, torch.tensor([False, False, False, True])),
+    (_READERS, _FILTERS[:, :1].repeat(1, 3, 1, 1), torch.tensor([False, True, True])),
+)
+def cut_inner(first: torch.Tensor, second: torch.Tensor, keep: torch.Tensor) -> tuple:
+    """An inner channel is axis 0 of the first weight, and axis 1 of the second."""
+    return first[keep], second[:, keep]
+
+
+# ---- 01 · baseline -----------------------------------------------------------------------------
+
+
+@exercise((90.0, 2000), (50.0, 100), (99.0, 10_000))
+def standard_error(top1: float, images: int) -> float:
+    """The share p of n images has the standard error √(p(1 - p) / n); give it in points."""
+    share = top1 / 100
+    return 100 * (share * (1 - share) / images) ** 0.5
+
+
 # ---- 02 · global sparsity ----------------------------------------------------------------------
 
 
@@ -124,3 +152,8 @@ def one_cycle(t: int, steps: int, top: float) -> float:
     if rise < 1:
         return top * rise
     return top * (1 + math.cos(math.pi * (t / steps - 0.2) / 0.8)) / 2
+
+
+# ---- 08 · comparing methods --------------------------------------------------------------------
+
+exercise(([0.1, -0.2, 0.4],), ([1.0, 1.25],), ([0.3, 0.1, 0.2, -0.1, 0.0],))(half_width)

@@ -48,6 +48,9 @@ COLORS = {
     "dense": "#555555",
     "global": _palette[1],
     "masked": _palette[0],
+    "network a": _palette[1],
+    "network b": _palette[0],
+    "from nothing": _palette[2],
     "proximal": _palette[4],
     "scratch": _palette[2],
     "published": "#111111",
@@ -58,7 +61,7 @@ COLORS = {
     "greg-1": _palette[9],
     "greg-2": _palette[6],
     "random": _palette[7],
-    "uniform": _palette[8],
+    "uniform": "#9a8700",  # the palette's yellow is too pale for a line
     "l1-norm": _palette[3],
     "flow": _palette[4],
     "length + curvature": _palette[8],
@@ -200,7 +203,7 @@ def gamma_histograms(
     threshold: float | None = None,
     axes: Any = None,
 ) -> None:
-    """|γ| of the maskable channels, kept and dropped apart; the `threshold` in the last panel.
+    """|γ| of the maskable channels, dropped on top of kept; the `threshold` in the last panel.
 
     `panels`: name -> |γ|, float [channels]. `flags`: of `keep_flags`.
     """
@@ -208,20 +211,22 @@ def gamma_histograms(
         _, axes = figure(title, columns=len(panels), sharey=True)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
     top: float = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
+    kinds = {"kept": 1, "dropped": 0}
+    shown = [name for name, flag in kinds.items() if (flags == flag).any()]
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
-        for flag, label in ((1, "kept"), (0, "dropped")):
-            ax.hist(
-                gamma[flags == flag],
-                bins=np.linspace(0, top, 50),
-                color=COLORS[label],
-                alpha=0.7,
-                label=label,
-            )
-        ax.set(title=name, xlabel="|γ|", yscale="log")
+        ax.hist(
+            [gamma[flags == kinds[kind]] for kind in shown],
+            bins=np.linspace(0, top, 50),
+            stacked=True,
+            color=[COLORS[kind] for kind in shown],
+            label=shown,
+        )
+        ax.set(title=name, xlabel="|γ|")
     if threshold:
         ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
-    np.atleast_1d(axes)[0].set_ylabel("channels (log scale)")
-    np.atleast_1d(axes)[-1].legend()
+    np.atleast_1d(axes)[0].set_ylabel("channels")
+    if len(shown) > 1:
+        np.atleast_1d(axes)[-1].legend()
 
 
 @style()
@@ -291,6 +296,34 @@ def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
     ax.grid(visible=False, axis="y")
     ax.set(xlabel=unit)
     ax.set_xlim(0, 1.1 * table[value].max())
+
+
+@style()
+def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes:
+    """How values go from station to station, a labelled line each; nan where there is none.
+
+    `paths`: name of a line -> its values at the stations called `names`.
+    """
+    _, ax = figure(title)
+    ys = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
+    spread = np.nanmax([*ys.values()], axis=0) - np.nanmin([*ys.values()], axis=0)
+    middle = np.nanmean([*ys.values()], axis=0)
+    for name, y in ys.items():
+        ax.plot(y, "o-", color=color(name))
+        at = int(np.where(np.isnan(y), -1, spread).argmax())  # where it is farthest from others
+        ax.annotate(
+            name,
+            (at, y[at]),
+            xytext=(0, 8) if y[at] >= middle[at] else (0, -16),
+            textcoords="offset points",
+            ha="center",
+            color=color(name),
+            fontweight="bold",
+        )
+    ax.set_xticks(range(len(names)), list(names))
+    ax.margins(x=0.1, y=0.18)
+    ax.set(ylabel=unit)
+    return ax
 
 
 MARKS = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}

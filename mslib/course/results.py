@@ -1,7 +1,8 @@
 """Measured and published results that come with the course, and tables of them."""
 
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +64,55 @@ def scoreboard(stages: Iterable[Results]) -> pd.DataFrame:
         "epochs": table.epochs,
     }
     return pd.DataFrame(columns)
+
+
+def decisions(table: pd.DataFrame, afterwards: Mapping[str, str]) -> pd.DataFrame:
+    """What to use, by reduction and by what one can afford after the cut.
+
+    table: a row a run, with the columns reduction, seed, method and one of top-1 (percent) for each
+        key of `afterwards`, whose values say what was afforded.
+    Methods are compared over the seeds that all of them have; the intervals hold 95 %.
+
+    Returns the columns MACs removed, afterwards, use (of the highest mean), top-1 %, next best,
+    gain (of the first over the second, with its interval), level with it (the methods whose
+    interval against the first holds zero: between them the table decides nothing), seeds.
+    """
+    rows = []
+    for reduction, runs in table.groupby("reduction"):
+        for column, words in afterwards.items():
+            tops = runs.pivot_table(column, "seed", "method").dropna(axis=1, how="all").dropna()
+            if tops.shape[1] < 2 or tops.empty:
+                continue
+            order = tops.mean().sort_values(ascending=False).index
+            best, second = order[:2]
+            behind = tops.rsub(tops[best], axis=0)  # of each method, seed by seed
+            reach = behind.apply(half_width)
+            level = [name for name in order[1:] if behind[name].mean() <= reach[name]]
+            told = f" ± {reach[second]:.2f}" if len(tops) > 1 else ", one seed"
+            rows.append(
+                {
+                    "MACs removed": f"{reduction:.0%}",
+                    "afterwards": words,
+                    "use": best,
+                    "top-1 %": round(tops[best].mean(), 2),
+                    "next best": second,
+                    "gain": f"{behind[second].mean():.2f}{told}",
+                    "level with it": ", ".join(level) if len(tops) > 1 else "not known",
+                    "seeds": len(tops),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def half_width(differences: Sequence[float] | pd.Series) -> float:
+    """Half the 95 % interval of a mean of n paired differences: t · s / √n, with Student's t and
+    the standard deviation s over n - 1; infinite for one difference alone."""
+    from scipy import stats
+
+    n = len(differences)
+    if n < 2:
+        return math.inf
+    return float(stats.t.ppf(0.975, n - 1) * pd.Series(differences).std() / math.sqrt(n))
 
 
 def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:

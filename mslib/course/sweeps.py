@@ -2,9 +2,10 @@
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .lessons import run_lesson
 from .settings import SETTINGS, Config, config
 from .stages import NEEDS, data_of, needs_checkout, stage
 
+ALONE = threading.Lock()  # environment and working folder belong to a process, not to a thread
 Points = dict[str, Config]  # the name of a point -> its configuration
 
 
@@ -57,7 +59,8 @@ def sweep(
             failed[name] = str(error)
             progress.update(f"{name}: failed: {error}", keep=True)
             del points[name]
-    with _client(jobs, scheduler) as client:
+    idle = all(stage(lesson, cfg).finished for cfg in points.values())
+    with nullcontext() if idle else _client(jobs, scheduler) as client:
         futures: dict[str, Any] = {}
         wanted = {n: _submit(client, futures, lesson, cfg, jobs) for n, cfg in points.items()}
         done = sum(future is None for future in wanted.values())
@@ -124,7 +127,7 @@ def _gather(
     from distributed import as_completed
 
     began, total, failed = time.monotonic(), len(futures), {}
-    for done, future in enumerate(as_completed(futures.values()), 1):
+    for done, future in enumerate(as_completed(futures.values()) if futures else (), 1):
         for name in (n for n, f in wanted.items() if f is not None and f.key == future.key):
             if future.status == "error":
                 failed[name] = str(future.exception())
@@ -186,7 +189,12 @@ def _submit(client: Any, futures: dict[str, Any], lesson: str, cfg: Config, jobs
 
 
 def _work(lesson: str, cfg: Config, jobs: int, *_: Any) -> None:
-    """Run one stage in a worker process; the stages it needs are finished."""
+    """Run one stage in a worker; the stages it needs are finished. Threads of one take turns."""
+    with ALONE:
+        _work_alone(lesson, cfg, jobs)
+
+
+def _work_alone(lesson: str, cfg: Config, jobs: int) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     before = os.environ.get("OMP_NUM_THREADS")

@@ -1,17 +1,26 @@
 """The files of a folder, zip or tar: their names first, and then those that are asked for."""
 
+import bz2
+import gzip
+import lzma
 import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from .images import SUFFIXES, DataError, open_file
 
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val"}
 DEEPEST = 5  # folders within folders: a link to a folder above its own would have no end
+UNPACKERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+HEADERS = 2**16  # bytes that a tar may hold about one file: its name, times and what else is known
 
 
 @contextmanager
@@ -27,9 +36,11 @@ def opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], IO[bytes]]]]
             with zipfile.ZipFile(path) as archive:
                 yield [n for n in archive.NameToInfo if not n.endswith("/")], archive.open
         else:
-            with tarfile.open(path) as archive:
-                members = dict(_members(archive, max(2**29, 100 * path.stat().st_size)))
-                yield list(members), lambda name: cast(IO, archive.extractfile(members[name]))
+            with _unpacked(path) as file:
+                tar = _Tar(file)
+                files = tarfile.open(fileobj=cast(IO[bytes], tar), mode="r:")
+                members = dict(_members(files, tar, path))
+                yield list(members), lambda name: cast(IO, files.extractfile(members[name]))
     except DataError:
         raise
     except Exception as error:  # zipfile and tarfile raise many kinds for a damaged archive
@@ -96,9 +107,46 @@ def _below(folder: Path) -> Iterator[str]:
         folders[:] = set(folders) - set(hidden) if len(above.parts) < DEEPEST else []
 
 
-def _members(archive: tarfile.TarFile, most: int) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    for member in archive:
-        if member.offset_data + member.size > most:  # going on to the next one unpacks this one
-            raise DataError(f"{archive.name!s}: {member.name} has {member.size:,} bytes; remove it")
+class _Tar:
+    """An unpacked tar of whose headers `left` bytes may still be read: tarfile knows no bounds."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.left = file, float(HEADERS)
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.left:  # -1 is all there is
+            raise ValueError(f"more than {HEADERS:,} bytes about one file")
+        self.left -= size
+        return self.file.read(size)
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    with open(path, "rb") as file:
+        start = file.read(6)
+    for sign, unpack in UNPACKERS.items():
+        if start.startswith(sign):
+            return unpack(path)
+    return open(path, "rb")
+
+
+def _members(
+    archive: tarfile.TarFile, tar: _Tar, path: Path
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Names and files, where their sizes and their number are in proportion to the packed size.
+
+    Going on from one file to the next unpacks it.
+    """
+    packed = path.stat().st_size
+    most, many = max(2**28, 100 * packed), 10_000 + packed // 64
+    for count, member in enumerate(archive):
+        if not 0 <= member.size <= most - member.offset_data:
+            raise DataError(f"{path}: {member.name} has {member.size:,} bytes; remove it")
+        if count > many:
+            raise DataError(
+                f"{path} holds over {many:,} files in {packed:,} bytes; pack images only"
+            )
         if member.isfile() or member.issym() or member.islnk():  # links lead to other members only
             yield member.name, member
+        tar.left = HEADERS
+    tar.left = float("inf")  # what follows is the content of files, as much as is asked for

@@ -91,17 +91,25 @@ class GrowingL2(Penalty):
 
     @staticmethod
     def pace(
-        rates: torch.Tensor, ceiling: float = 1.0, every: int = 10, exponent: float | None = None
+        rates: torch.Tensor,
+        ceiling: float = 1.0,
+        every: int = 10,
+        exponent: float | None = None,
+        share: float = 0.6,
     ) -> dict[str, float]:
-        """Settings for a short run, of learning rates `rates`, float [iterations].
+        """Settings for a run of learning rates `rates`, float [iterations].
 
-        r grows to `ceiling` in 60 % of the run and is held for the rest. `exponent`: for GReg-2,
-        which judges in the first third of the growing: there the common factor shrinks a weight
-        that nothing holds to about exp(-exponent).
+        r grows to `ceiling` in a `share` of the run and is held for the rest. `exponent`: for
+        GReg-2, which judges in the first third of the growing: there the common factor shrinks a
+        weight that nothing holds to about exp(-exponent).
         """
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"share={share}: the part of the run that grows, above 0 and at most 1"
+            )
         if exponent is not None and not exponent > 0:
             raise ValueError(f"exponent={exponent}: it must be above 0, for example 4")
-        updates = max(2, int(0.6 * len(rates) / every))
+        updates = max(2, int(share * len(rates) / every))
         if exponent is None:
             return {"every": every, "delta": ceiling / updates, "ceiling": ceiling}
         judging = max(1, updates // 3)

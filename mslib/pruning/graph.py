@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..files import nearest, reason
-from ..networks import call, copied, sync_widths, tensors_in, unwrap
+from ..networks import call, meta_copy, named_tensors, sync_widths, tensors_in, unwrap
 from .labels import NO_CHANNEL, Notes, Weight
-from .trace import Tracer, without_numbers
+from .trace import Tracer
 
 
 class ChannelGraph:
@@ -41,41 +41,26 @@ class ChannelGraph:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         _refuse_reparametrized(self.modules)
         _refuse_example(self.model, example)
+        self.weights = {n: Weight.named(n, t.detach()) for n, t in named_tensors(self.model)}
         self.notes = Notes()
-        self._trace(self.notes, self._weights())
+        self._trace(self.notes, self.weights)
         self._settle()
         self._probe_all()
 
-    @property
-    def conv_before(self) -> dict[str, str]:
-        """BatchNorm -> the layer right before it."""
-        return {norm: conv for conv, norm in self.norm_after.items()}
-
     # ---- tracing ----
-
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
-
-    def _weights(self) -> dict[str, Weight]:
-        return {name: Weight.named(name, tensor.detach()) for name, tensor in self._tensors()}
 
     def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
         """Run a copy without numbers, with weights of the shapes in `weights`; fill `notes`."""
-        bare, known = {}, {}  # id of a tensor here -> its copy; id of the copy -> its weight
-        for name, tensor in self._tensors():
-            empty = torch.empty(weights[name].data.shape, dtype=tensor.dtype, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            bare[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
-            known[id(bare[id(tensor)])] = weights[name]
-        model = copied(self.model, bare).eval()
+        model = meta_copy(self.model, {name: w.data.shape for name, w in weights.items()})
+        known = {id(t): weights[name] for name, t in named_tensors(model)}
         for name, ids in notes.depthwise.items():  # of a network that is cut
             layer: Any = model.get_submodule(name)
             layer.groups = len(ids)
         sync_widths(model)
         tracer = Tracer(notes, known, self.modules)
         try:
-            with torch.no_grad(), tracer:
-                out = call(model, tree_map(without_numbers, self.example))
+            with torch.no_grad(), torch.inference_mode(False), tracer:
+                out = call(model, self.example)
         except Exception as error:
             raise ValueError(
                 f"{type(self.model).__name__} cannot be traced on this example: {reason(error)}. "
@@ -88,9 +73,8 @@ class ChannelGraph:
         self._refuse_unreached(tracer.touched)
 
     def _refuse_unreached(self, touched: set[str]) -> None:
-        """What a layer reads that the run did not use is not known: in training it may be
-        called."""
-        reached = {id(tensor) for name, tensor in self._tensors() if name in touched}
+        """A layer that the run did not use may be called in training: what it reads is unknown."""
+        reached = {id(tensor) for name, tensor in named_tensors(self.model) if name in touched}
         for layer, m in self.modules.items():
             own = {id(p) for p in m.parameters(recurse=False)}
             if own and not own & reached:
@@ -106,6 +90,7 @@ class ChannelGraph:
         self.outputs, self.norms, self.inputs = notes.outputs, notes.norms, notes.inputs
         self.calls = Counter(name for name, _ in notes.reads)
         self.root = notes.roots(torch.arange(len(notes.parent)))
+        self.rows = {name: _Rows(getattr(notes, name)) for name in ("outputs", "norms", "inputs")}
         self.reasons: dict[int, str] = {}
         never = (torch.tensor([NO_CHANNEL]), "it meets padding, or a tensor without channels")
         for ids, why in [*notes.kept, never]:
@@ -115,22 +100,26 @@ class ChannelGraph:
             if len(roots := set(self.root[ids].tolist())) == 1:
                 why = f"all channels of {name} go together, and one must stay"
                 self.reasons.setdefault(roots.pop(), why)
-        while stuck := {n: why for n in self.norms if (why := self._partly(n))}:
-            for norm, why in stuck.items():
+        while stuck := [norm for norm in self.norms if self._partly(norm)]:
+            for norm in stuck:
+                why = f"{norm} scales it together with others that stay"
                 self.reasons |= dict.fromkeys(self.root[self.norms[norm]].tolist(), why)
         alone = [(value.maker, norm) for value, norm in notes.scaled if value.readers == 1]
         self.norm_after = {maker: norm for maker, norm in alone if maker in self.outputs}
+        self.conv_before = {norm: layer for layer, norm in self.norm_after.items()}
+        self.free = torch.zeros(len(self.root), dtype=torch.bool)
+        self.free[self.root[self.rows["norms"].ids]] = True
+        self.free[list(self.reasons)] = False
+        self.free = self.free[self.root]  # bool [ids]: a BatchNorm scales it, and nothing keeps it
         gated = torch.zeros(len(self.root), dtype=torch.bool)
         for name, constants in notes.constants.items():
             gated[self.root[self.inputs[name][constants.isnan()]]] = True
         self.gated = gated[self.root]  # bool [ids]: some reader sees more of it than a constant
 
-    def _partly(self, norm: str) -> str:
-        """Why a BatchNorm of which some channels stay, and others might go, stays whole."""
+    def _partly(self, norm: str) -> bool:
+        """Whether some channels of a BatchNorm stay, and others might go."""
         stay = [root in self.reasons for root in self.root[self.norms[norm]].tolist()]
-        return (
-            f"{norm} scales it together with others that stay" if 0 < sum(stay) < len(stay) else ""
-        )
+        return 0 < sum(stay) < len(stay)
 
     # ---- probing: a cut network must do with what is left what this one did ----
 
@@ -138,56 +127,42 @@ class ChannelGraph:
         """Cut about half of everything, and trace that: nothing new may turn up.
 
         Where a forward counts on a number of channels (`x.view(-1, 512)`, `x[:, :64]`), something
-        does. Then the suspects that the trace had passed are cut alone, the last ones first.
+        does. The culprit is the last suspect before that place with which whole the trace gets
+        further.
         """
-        if self._probe(self._free()) is None:
+        if self._probe(self.free) is None:
             return
         self._trace_again()
-        while (passed := self._probe(self._free())) is not None:
-            suspects = [s for s in self.notes.rigid[: passed + 1] if self._touched(s).any()]
-            last = (self._culprit([suspect]) for suspect in suspects[:-5:-1])
-            culprit = next(filter(None, last), None) or self._culprit(suspects)
-            for ids, what in [culprit] if culprit else suspects:
+        passed = self._probe(self.free)
+        while passed is not None:
+            rigid = self.notes.rigid
+            suspects = [s for s in rigid[: passed[1]] if self.free[s[0]].any()] or rigid
+            for culprit in reversed(suspects):
+                rest = self.free & ~torch.isin(self.root, self.root[culprit[0]])
+                further = self._probe(rest)
+                if further is None or further > passed:
+                    suspects = [culprit]
+                    break
+            for ids, what, _ in suspects:  # all, where no single one is to blame
                 self.notes.keep(ids, f"{what} counts on its number of channels")
             self._settle()
+            passed = further if torch.equal(rest, self.free) else self._probe(self.free)
 
     def _trace_again(self) -> None:
         """Trace with all joins known from the start: what was joined late may change the way."""
         while True:
             notes = Notes(self.notes.parent.clone(), dict(self.notes.made))
-            self._trace(notes, self._weights())
+            self._trace(notes, self.weights)
             before, self.notes = self.root, notes
             self._settle()
             if torch.equal(before, self.root):
                 return
 
-    def _touched(self, suspect: tuple[torch.Tensor, str]) -> torch.Tensor:
-        """Bool [ids]: the free ones that go with those of the suspect."""
-        return self._free() & torch.isin(self.root, self.root[suspect[0]])
-
-    def _culprit(self, suspects: list[tuple[torch.Tensor, str]]) -> tuple[torch.Tensor, str] | None:
-        """The last of the suspects of which nothing can be cut, found by halving."""
-        some = torch.zeros(len(self.root), dtype=torch.bool)
-        for suspect in suspects:
-            some |= self._touched(suspect)
-        if self._probe(some) is None:
-            return None
-        if len(suspects) == 1:
-            return suspects[0]
-        middle = len(suspects) // 2
-        return self._culprit(suspects[middle:]) or self._culprit(suspects[:middle])
-
-    def _free(self) -> torch.Tensor:
-        """Bool [ids]: some BatchNorm scales it, and nothing keeps it."""
-        free = torch.zeros(len(self.root), dtype=torch.bool)
-        free[self.root[torch.cat([torch.tensor([NO_CHANNEL]), *self.norms.values()])]] = True
-        free[list(self.reasons)] = False
-        return free[self.root]
-
-    def _probe(self, free: torch.Tensor) -> int | None:
+    def _probe(self, free: torch.Tensor) -> tuple[int, int] | None:
         """Trace the network without about half of the ids in `free` (bool [ids]).
 
-        None if it reads just what is left of them; else how many `rigid` places it had passed.
+        None if it reads just what is left of them; else how far it came: how many reads were right,
+        and how many of the `rigid` places it had passed, with the one where it stopped.
         """
         have, drop = self.notes, self._sample(free)
         if not drop.any():
@@ -195,17 +170,20 @@ class ChannelGraph:
         left = Notes(have.parent.clone(), {n: ids[~drop[ids]] for n, ids in have.made.items()})
         left.depthwise = {n: ids[~drop[ids]] for n, ids in have.depthwise.items()}
         left.dense_before = frozenset(have.outputs.keys() - have.depthwise.keys())
+        failed = False
         try:
             self._trace(left, self._weights_left(drop))
         except ValueError:
-            return len(left.rigid)
-        for (name, ids), (other, whole) in zip(left.reads, have.reads, strict=False):
+            failed = True
+        for place, ((name, ids), (other, whole)) in enumerate(zip(left.reads, have.reads)):
             if name != other or not torch.equal(self.root[ids], self.root[whole[~drop[whole]]]):
-                return len(left.rigid)
+                return place, sum(reads <= place for *_, reads in have.rigid)
+        if failed or len(left.reads) < len(have.reads):
+            return len(left.reads), len(left.rigid) + 1
         joined = not torch.equal(left.roots(torch.arange(len(left.parent))), self.root)
         kept = {root for ids, _ in left.kept for root in self.root[ids].flatten().tolist()}
         fine = not joined and kept <= self.reasons.keys() and len(left.reads) == len(have.reads)
-        return None if fine else len(left.rigid)
+        return None if fine else (len(left.reads), len(left.rigid))
 
     def _sample(self, free: torch.Tensor) -> torch.Tensor:
         """About half of the `free` ids, bool [ids]; every layer keeps a channel."""
@@ -217,11 +195,11 @@ class ChannelGraph:
 
     def _weights_left(self, drop: torch.Tensor) -> dict[str, Weight]:
         """The weights of the network without the ids in `drop`: their shapes only."""
-        shapes = {name: list(tensor.shape) for name, tensor in self._tensors()}
+        shapes = {name: list(weight.data.shape) for name, weight in self.weights.items()}
         for (name, axis), ids in self.notes.slices.items():
             shapes[name][axis] = int((~drop[ids]).sum())
         left = {}
-        for name, weight in self._weights().items():
+        for name, weight in self.weights.items():
             empty = torch.empty(shapes[name], dtype=weight.data.dtype, device="meta")
             left[name] = Weight(name, empty, weight.axis)
         for name in self.notes.copies:
@@ -261,15 +239,11 @@ class ChannelGraph:
 
     def dropped(self, masks: dict[str, torch.Tensor]) -> torch.Tensor:
         """Bool [ids]: the channels that go. One goes only if every BatchNorm on it drops it."""
-        never = torch.tensor([NO_CHANNEL])
-        scaled = self.root[torch.cat([never, *self.norms.values()])]
-        every = [torch.ones(len(ids), dtype=torch.bool) for ids in self.norms.values()]
-        for i, name in enumerate(self.norms):
-            every[i] = masks[name].cpu() if name in masks else every[i]
-        keep = torch.ones(len(self.root), dtype=torch.bool)
-        keep[scaled] = False
-        keep[scaled[torch.cat([never == NO_CHANNEL, *every])]] = True
-        keep[list(self.reasons)] = True
+        stay = [torch.tensor([True])]
+        for name, ids in self.norms.items():
+            stay.append(masks[name].cpu() if name in masks else torch.ones_like(ids).bool())
+        keep = ~self.free
+        keep[self.root[self.rows["norms"].ids[torch.cat(stay)]]] = True
         return self._with_copies(~keep[self.root])
 
     def _with_copies(self, drop: torch.Tensor) -> torch.Tensor:
@@ -284,8 +258,7 @@ class ChannelGraph:
                 return drop
 
     def source_left(self, shortcut: str, drop: torch.Tensor) -> torch.Tensor:
-        """What is left of the `source` of a PaddedShortcut, renumbered: int64 [channels
-        written]."""
+        """What is left of the `source` of a PaddedShortcut, renumbered: int64 [written]."""
         read, written, source, _ = self.notes.copies[shortcut]
         kept = ~drop[read]
         place = torch.cat([torch.zeros(1, dtype=torch.long), torch.where(kept, kept.cumsum(0), 0)])
@@ -294,14 +267,14 @@ class ChannelGraph:
     def shares_left(self, drop: torch.Tensor) -> dict[str, float]:
         """Layer -> the share of its MACs that is left without the ids in `drop`."""
         shares = dict.fromkeys([*self.inputs, *self.outputs], 1.0)
-        for table in (self.inputs, self.outputs):
-            for (name, ids), left in zip(table.items(), _left(table, drop), strict=True):
-                shares[name] *= left / len(ids)
+        for rows in (self.rows["inputs"], self.rows["outputs"]):
+            for name, size, left in zip(rows.names, rows.sizes, rows.left(drop), strict=True):
+                shares[name] *= left / size
         return shares
 
     def emptied(self, drop: torch.Tensor) -> list[str]:
         """Names of the layers of which nothing is left without the ids in `drop`."""
-        lefts = zip(self.outputs, _left(self.outputs, drop), strict=True)
+        lefts = zip(self.outputs, self.rows["outputs"].left(drop), strict=True)
         return [name for name, left in lefts if not left]
 
 
@@ -323,12 +296,17 @@ def as_graph(model: Network, example: Any = None) -> ChannelGraph:
     return ChannelGraph(model, example)
 
 
-def _left(table: dict[str, torch.Tensor], drop: torch.Tensor) -> list[int]:
-    """How many ids of each row of `table` are left without those in `drop`, all rows at once."""
-    zero = torch.zeros(1, dtype=torch.long)
-    kept = (~drop[torch.cat([zero, *table.values()])]).cumsum(0)
-    ends = torch.tensor([0, *(len(ids) for ids in table.values())]).cumsum(0)
-    return kept[ends].diff().tolist()
+class _Rows:
+    """The rows of a table (module -> ids) behind one another; `NO_CHANNEL` stands in front."""
+
+    def __init__(self, table: dict[str, torch.Tensor]):
+        self.names, self.sizes = [*table], [len(ids) for ids in table.values()]
+        self.ids = torch.cat([torch.tensor([NO_CHANNEL]), *table.values()])
+        self.ends = torch.tensor([0, *self.sizes]).cumsum(0)
+
+    def left(self, drop: torch.Tensor) -> list[int]:
+        """How many ids of each row are left without those in `drop`."""
+        return (~drop[self.ids]).cumsum(0)[self.ends].diff().tolist()
 
 
 def _refuse_example(model: nn.Module, example: Any) -> None:

@@ -13,8 +13,7 @@ from .labels import NO_CHANNEL
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together: written by `writers`, scaled by `norms`, read by `readers` (module
-    names)."""
+    """Channels that go together, by the names of modules that write, scale and read them."""
 
     size: int
     writers: tuple
@@ -24,10 +23,8 @@ class Group:
     macs: int = 0  # multiply-accumulates of one image that would go with all of it
 
     def __str__(self) -> str:
-        norms, kept = (
-            short(self.norms) or "no BatchNorm",
-            self.reason and f"  [kept: {self.reason}]",
-        )
+        norms = short(self.norms) or "no BatchNorm"
+        kept = self.reason and f"  [kept: {self.reason}]"
         path = f"{short(self.writers)} -> {norms} -> {short(self.readers)}"
         return f"{self.size} channels: {path}{kept}"
 
@@ -36,9 +33,8 @@ class Groups(list):
     """A list of `Group`s that prints as a table, in a terminal and in a notebook."""
 
     def table(self) -> pd.DataFrame:
-        """A DataFrame, a row a group: channels, written by, scaled by, read by, free (or why not),
-        and MACs."""
-        rows = [
+        """A row a group: channels, written by, scaled by, read by, free (or why not), M MACs."""
+        rows = (
             {
                 "channels": g.size,
                 "written by": short(g.writers),
@@ -48,7 +44,7 @@ class Groups(list):
                 "M MACs": g.macs / 1e6,
             }
             for g in self
-        ]
+        )
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -78,9 +74,8 @@ def channel_groups(model: Network, example: Any = None) -> Groups:
                 touching.setdefault(root, ({}, {}, {}))[place][name] = None
     members: dict[tuple, list[int]] = {}
     for root, places in touching.items():
-        members.setdefault((*(tuple(p) for p in places), graph.reasons.get(root, "")), []).append(
-            root
-        )
+        key = (*map(tuple, places), graph.reasons.get(root, ""))
+        members.setdefault(key, []).append(root)
     layers = cost(graph.model, graph.example).layers
     order = {name: i for i, name in enumerate(graph.outputs)}
     found = []

@@ -47,10 +47,6 @@ class Value:
         nothing = torch.full(ids.shape, torch.nan, dtype=torch.float64)
         return Value(ids, torch.zeros(ids.shape, dtype=torch.bool), nothing, maker)
 
-    def again(self) -> "Value":
-        """The same, of another tensor."""
-        return Value.of(self)
-
     def map(self, change: Callable) -> list["Value"]:
         """The values that `change` makes of the labels; as many as it returns tensors."""
         made = [change(t) for t in self]
@@ -75,8 +71,7 @@ class Value:
 
     def aligned(self, ndim: int) -> "Value":
         """With axes of size 1 in front, as broadcasting adds them."""
-        front = (1,) * (ndim - self.ids.ndim)
-        return Value.of((t.reshape(front + tuple(t.shape)) for t in self), self.maker)
+        return self.map(lambda t: t[(None,) * (ndim - t.ndim)])[0]
 
     def compact(self, notes: "Notes") -> "Value":
         """The same with size 1 along each axis where the ids do not differ."""
@@ -85,10 +80,8 @@ class Value:
             if ids.shape[dim] == 1:
                 continue
             first = ids.narrow(dim, 0, 1)
-            expanded = ids.stride(dim) == 0
-            if not expanded and not torch.equal(
-                notes.roots(ids), notes.roots(first).expand(ids.shape)
-            ):
+            same = notes.roots(first).expand(ids.shape)
+            if ids.stride(dim) and not torch.equal(notes.roots(ids), same):
                 continue
             one = constant.narrow(dim, 0, 1)
             ids, dead = first, dead.all(dim, keepdim=True)
@@ -124,11 +117,10 @@ class Weight:
         """The weight that an operation made of this one, with its numbers."""
         # Transposed is also a batch of the transposed matrix, expanded without being copied.
         matrix = self.data if self.transposed else self.data.T if self.data.ndim == 2 else None
-        turned = matrix is not None and data.ndim > 1 and not any(data.stride()[:-2])
-        if turned and matrix is not None:
-            turned = (
-                data.shape[-2:] == matrix.shape[-2:] and data.stride()[-2:] == matrix.stride()[-2:]
-            )
+        turned = False
+        if matrix is not None and data.ndim > 1 and not any(data.stride()[:-2]):
+            last = (data.shape[-2:], data.stride()[-2:])
+            turned = last == (matrix.shape[-2:], matrix.stride()[-2:])
         return Weight(self.name, data, self.axis, True, turned)
 
     def numbers(self) -> torch.Tensor:
@@ -168,8 +160,9 @@ class Notes:
     dense_before: frozenset[str] = frozenset()  # in a cut network: layers that mixed channels
     kept: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # ids, and why they stay
     added: list[torch.Tensor] = field(default_factory=list)  # ids that take part in an addition
-    rigid: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # ids, what may count them
     reads: list[tuple[str, torch.Tensor]] = field(default_factory=list)  # in order of the calls
+    # ids, what may count them, how many reads were before it
+    rigid: list[tuple[torch.Tensor, str, int]] = field(default_factory=list)
     scaled: list[tuple[Value, str]] = field(
         default_factory=list
     )  # what a BatchNorm reads, its name
@@ -190,6 +183,8 @@ class Notes:
 
     def join(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """From now on the channels at the same place of `a` and `b` are one."""
+        if a is b:
+            return
         a, b = torch.broadcast_tensors(a, b)
         while True:
             x, y = self.roots(a), self.roots(b)
@@ -206,8 +201,7 @@ class Notes:
             self.join(pieces[:1], pieces)
 
     def settle(self, value: Value) -> Value:
-        """A value just made by moving: where ids differ along several axes, only the last can
-        go."""
+        """A value just moved: where ids differ along several axes, only the last can go."""
         value = value.compact(self)
         axes = [d for d in range(value.ids.ndim) if value.varies(d)]
         if len(axes) < 2:
@@ -235,9 +229,13 @@ class Notes:
         """The BatchNorm `norm` scales the channels `ids`, those of `value`."""
         self.reads.append((norm, ids))
         self.join(self.norms.setdefault(norm, ids), ids)
-        self.rigid.append((ids, f"the forward around {norm}"))
+        self.suspect(ids, f"the forward around {norm}")
         if value is not None:
             self.scaled.append((value, norm))
+
+    def suspect(self, ids: torch.Tensor, what: str) -> None:
+        """`what` may count on the number of the channels `ids`."""
+        self.rigid.append((ids, what, len(self.reads)))
 
     def slice(self, weight: str, axis: int, ids: torch.Tensor) -> None:
         """Along `axis` of `weight` lie the channels `ids`."""

@@ -116,11 +116,8 @@ def _chosen(origin: str, value: Any, width: int) -> torch.Tensor:
     if bools and len(found) != width:
         raise ValueError(f"{origin} is for {len(found)} channels; the layer has {width}")
     if len(found) == width and bool(((found == 0) | (found == 1)).all()):
-        if (
-            not value.is_floating_point()
-            and not bools
-            and found.sort()[0].equal(torch.arange(width))
-        ):
+        whole = not value.is_floating_point() and not bools
+        if whole and found.sort()[0].equal(torch.arange(width)):
             raise ValueError(f"{origin} may be a mask or indices; write true and false")
         return found.bool()
     if value.is_floating_point() and len(found):

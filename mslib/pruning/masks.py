@@ -3,7 +3,8 @@ and how to check one."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -95,10 +96,9 @@ def masks_for_macs(
             f"{'; residual=True reaches further' if more else ''}"
         )
     goal = (1 - reduction) * total
-    return cut(
-        _smallest(lambda count: remaining_macs(graph, cut(count), layers) <= goal, most_dropped),
-        tell=True,
-    )
+    counts = range(1, most_dropped)  # the smallest at which the goal is reached, or `most_dropped`
+    reached = bisect_left(counts, -goal, key=lambda n: -remaining_macs(graph, cut(n), layers))
+    return cut(1 + reached, tell=True)
 
 
 def masks_for_ratio(
@@ -145,12 +145,10 @@ def masks_for_ratio(
 
 
 def check_masks(graph: ChannelGraph, masks: Masks) -> torch.Tensor:
-    """What goes, as `graph.dropped` says. ValueError that names the layer where `masks` do not fit
-    the graph's network."""
+    """What goes, as `graph.dropped` says. ValueError that names a layer that does not fit."""
     check_shapes(masks, {name: ids.shape for name, ids in graph.norms.items()}, "BatchNorm")
     for name, mask in masks.items():
-        if not mask.all() and graph.reason(name):
-            why = graph.reason(name)
+        if not mask.all() and (why := graph.reason(name)):
             raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {why}")
     drop = graph.dropped(masks)
     for empty in graph.emptied(drop):
@@ -182,8 +180,7 @@ def check_shapes(masks: Masks, shapes: dict[str, torch.Size], kind: str) -> None
 
 
 def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) -> int:
-    """MACs after the cut, from the MACs of each layer (`cost(…).layers`) and the share of channels
-    it keeps."""
+    """MACs after the cut, from those of each layer (`cost(…).layers`) and the share it keeps."""
     shares = graph.shares_left(graph.dropped(masks))
     return round(sum(macs * shares.get(name, 1.0) for name, macs in layers.items()))
 
@@ -215,22 +212,12 @@ def _told_apart(found: Scores) -> Scores:
 
 
 def _ranks(graph: ChannelGraph, scores: Scores) -> Scores:
-    """The place of each channel in the order of scores, from 1, no two alike; of equal scores layer
-    by layer in turns."""
+    """The places of channels in the order of scores, from 1; of equal scores in turns of layers."""
     sizes = [len(s) for s in scores.values()]
     turns = torch.cat([torch.arange(n) / n for n in sizes]).argsort(stable=True)
     turns = turns[torch.cat(list(scores.values()))[turns].argsort(stable=True)]
     ranks = torch.empty(len(turns)).index_copy(0, turns, torch.arange(1.0, len(turns) + 1))
     return shared_scores(graph, dict(zip(scores, ranks.split(sizes), strict=True)))
-
-
-def _smallest(reached: Callable[[int], bool], most: int) -> int:
-    """The smallest number from 1 to `most` at which the goal is reached; it is at `most`."""
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
 
 
 def _within(name: str, prefix: str) -> bool:
@@ -245,36 +232,28 @@ def _with_floor(
     round_to: int = 1,
     tell: bool = True,
 ) -> Masks:
-    """Keep the best channels of a layer that would go below the floor, and make the masks say what
-    `prune` will do."""
+    """Keep the best channels of layers below the floor; let masks say what `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     below = [name for name, keep in masks.items() if keep.sum() < least[name]]
     if below and tell:
-        log.warning(
-            "%s kept in %s: it would have lost %s",
-            _least(floor),
-            short(below),
-            "more" if floor else "all",
-        )
+        lost = "more" if floor else "all"
+        log.warning("%s kept in %s: it would have lost %s", _least(floor), short(below), lost)
     worth = torch.full((len(graph.root),), -torch.inf)
     for name, s in scores.items():
         worth[graph.root[graph.norms[name]]] = s.float()
     while True:  # what a layer keeps may keep channels of others: until nothing changes any more
         kept = {}
         for name, keep in masks.items():
-            wanted = min(
-                len(keep), math.ceil(max(int(keep.sum()), least[name]) / round_to) * round_to
-            )
-            best = scores[name].argsort(descending=True, stable=True)[:wanted]
-            kept[name] = (
-                keep if keep.sum() == wanted else torch.zeros_like(keep).index_fill(0, best, True)
-            )
+            count = int(keep.sum())
+            wanted = min(len(keep), math.ceil(max(count, least[name]) / round_to) * round_to)
+            if count != wanted:
+                best = scores[name].argsort(descending=True, stable=True)[:wanted]
+                keep = torch.zeros_like(keep).index_fill(0, best, True)
+            kept[name] = keep
         drop = graph.dropped(kept)
-        for writer in graph.emptied(
-            drop
-        ):  # a BatchNorm over several layers may keep nothing of one
-            ids = graph.outputs[writer]
-            drop[graph.root == graph.root[ids[worth[graph.root[ids]].argmax()]]] = False
+        for writer in graph.emptied(drop):  # a BatchNorm over several may keep nothing of one
+            roots = graph.root[graph.outputs[writer]]
+            drop[graph.root == roots[worth[roots].argmax()]] = False
         kept = {name: ~drop[graph.norms[name]] for name in masks}
         if all(torch.equal(kept[name], masks[name]) for name in masks):
             return kept

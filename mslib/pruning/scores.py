@@ -7,17 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..networks import unwrap
+from ..networks import batch_norms, unwrap
 from .graph import ChannelGraph, Network, as_graph
 
 Scores = dict[str, torch.Tensor]
 
 
 def gammas(
-    model: Network,
-    example: Any = None,
-    residual: bool = False,
-    keep: Iterable[str] = (),
+    model: Network, example: Any = None, residual: bool = False, keep: Iterable[str] = ()
 ) -> Scores:
     """|γ| of BatchNorms: dict[module name -> float [channels]].
 
@@ -26,26 +23,16 @@ def gammas(
     addition, not only of a block's inner ones. keep: names of modules to leave alone.
     """
     if example is None and not isinstance(model, ChannelGraph):
-        norms = [
-            (n, m)
-            for n, m in unwrap(model).named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
-        return {name: _size(m.weight) for name, m in norms if m.weight is not None}
+        return {name: _size(m.weight) for name, m in batch_norms(unwrap(model))}
     graph = as_graph(model, example)
-    return {
-        name: _size(graph.modules[name].weight) for name in graph.prunable_norms(residual, keep)
-    }
+    names = graph.prunable_norms(residual, keep)
+    return {name: _size(graph.modules[name].weight) for name in names}
 
 
 def filter_norms(
-    model: Network,
-    example: Any = None,
-    residual: bool = False,
-    keep: Iterable[str] = (),
+    model: Network, example: Any = None, residual: bool = False, keep: Iterable[str] = ()
 ) -> Scores:
-    """Mean |W| of the filter that writes each channel, the criterion of Li et al. 2017: dict like
-    `gammas`.
+    """Mean |W| of the filter that writes each channel (Li et al. 2017): dict like `gammas`.
 
     For a layer, the order is that of the L1 norm; between layers, a sum would favour those with
     many inputs.
@@ -59,17 +46,13 @@ def filter_norms(
 
 
 def outgoing_norms(
-    model: Network,
-    example: Any = None,
-    residual: bool = False,
-    keep: Iterable[str] = (),
+    model: Network, example: Any = None, residual: bool = False, keep: Iterable[str] = ()
 ) -> Scores:
-    """|γ| of each channel times the weights that read it, as the BatchNorms behind them pass those
-    on: dict like `gammas`.
+    """What a channel can still change in what follows: dict like `gammas`.
 
-    What a channel can still change in what follows. Not in the papers: under BatchNorm the norm of
-    a filter is free, and a filter in a block that adds nothing may have any. (Weights are summed
-    over the kernel, averaged over its outputs.)
+    |γ| times the weights that read it, as the BatchNorms behind them pass those on (summed over the
+    kernel, averaged over its outputs). Not in the papers: under BatchNorm the norm of a filter is
+    free, and a filter in a block that adds nothing may have any.
     """
     graph = as_graph(model, example)
     total = torch.zeros(len(graph.root))
@@ -101,17 +84,14 @@ def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> S
     scaled: as the BatchNorm behind passes it on, times its γ over its deviation (convolutions
     without one are left out; needs the example).
     """
-    modules = (
-        model.modules if isinstance(model, ChannelGraph) else dict(unwrap(model).named_modules())
-    )
-    sizes = {name: _size(m.weight) for name, m in modules.items() if isinstance(m, nn.Conv2d)}
+    network = model.model if isinstance(model, ChannelGraph) else unwrap(model)
+    convolutions = ((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    sizes = {name: _size(m.weight) for name, m in convolutions}
     if not scaled:
         return sizes
     graph = as_graph(model, example)
-    behind = {
-        n: _passes(graph.modules[norm])[:, None, None, None] for n, norm in graph.norm_after.items()
-    }
-    return {name: sizes[name] * scale for name, scale in behind.items() if name in sizes}
+    behind = {n: _passes(graph.modules[norm]) for n, norm in graph.norm_after.items() if n in sizes}
+    return {name: sizes[name] * scale[:, None, None, None] for name, scale in behind.items()}
 
 
 def by_filter(layer: Any) -> torch.Tensor:
@@ -119,9 +99,8 @@ def by_filter(layer: Any) -> torch.Tensor:
     size = _size(layer.weight)
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return size.flatten(1).mean(1)
-    groups = size.reshape(
-        layer.groups, -1, *size.shape[1:]
-    )  # [groups, in / groups, out / groups, …]
+    # [groups, in / groups, out / groups, …]
+    groups = size.reshape(layer.groups, -1, *size.shape[1:])
     return groups.transpose(1, 2).flatten(2).mean(2).flatten()
 
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..files import reason
-from ..networks import call, copied, sync_widths, tensors_in
+from ..networks import ShapesOnly, call, copied, meta_copy, named_tensors, sync_widths, tensors_in
 from .graph import ChannelGraph, Network, as_graph
 from .masks import check_masks
+
+aten, NOTHING = torch.ops.aten, torch.tensor([], dtype=torch.long)
 
 # How far the outputs of a cut network may be off, as a share of the largest output.
 REPORT = "please report the network; `keep=` leaves layers whole"
@@ -18,10 +20,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torc
 
 @torch.no_grad()
 def prune(
-    model: Network,
-    masks: dict[str, torch.Tensor],
-    example: Any = None,
-    fold_bias: bool = False,
+    model: Network, masks: dict[str, torch.Tensor], example: Any = None, fold_bias: bool = False
 ) -> nn.Module:
     """A new network without the channels that `masks` drops; `model` stays as it is.
 
@@ -32,10 +31,10 @@ def prune(
     masks, example)` on it, in evaluation mode, before it is returned, and has run in training mode.
 
     fold_bias: a removed channel whose γ is nearly zero still sends a constant forward: relu(β).
-    With True it goes into the BatchNorm (running mean) or the bias behind the next layer, as
-    `zero_masked(…, keep_bias=True)` computes it, exactly but for the border of the image, where a
-    convolution that pads with zeros sees these instead. Not in the papers. What a gate multiplies
-    (squeeze-and-excitation) is no constant: it depends on the image, and is dropped.
+    With True it goes into the BatchNorm (running mean) or the bias behind the next layer. This is
+    exact but for the border of the image, where a convolution that pads with zeros sees these
+    instead; it is compared with `zero_masked(…, keep_bias=True)`, both padding by nearest pixels.
+    Not in the papers. What a gate multiplies (squeeze-and-excitation) is no constant, and dropped.
 
     Raises ValueError for masks that name unknown layers, have a wrong length or type, leave no
     channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
@@ -44,22 +43,21 @@ def prune(
     graph = as_graph(model, example)
     drop = check_masks(graph, masks)
     small = _cut(graph, drop)
-    _verify(graph, small, _silenced(graph, drop, keep_bias=False))
+    _compare(graph, small, _silenced(graph, drop, keep_bias=False, shared=True))
+    _refuse_untrainable(graph, small)
     if fold_bias:
         folded = copied(graph.model)
         _fold(graph, dict(folded.named_modules()), drop)
         small = _cut(graph, drop, folded)
+        with _Borderless():
+            _compare(graph, small, _silenced(graph, drop, keep_bias=True, shared=True))
     return small
 
 
 def zero_masked(
-    model: Network,
-    masks: dict[str, torch.Tensor],
-    example: Any = None,
-    keep_bias: bool = False,
+    model: Network, masks: dict[str, torch.Tensor], example: Any = None, keep_bias: bool = False
 ) -> nn.Module:
-    """A copy of `model`, at full size, in which γ and β of the channels that `prune` would remove
-    are zero.
+    """A copy of `model`, at full size, with γ and β zero where `prune` would remove channels.
 
     It computes what `prune(model, masks, example)` computes: every cut is checked by it. keep_bias:
     zero γ only (and β where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that
@@ -70,41 +68,46 @@ def zero_masked(
 
 
 @torch.no_grad()
-def _silenced(graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool) -> nn.Module:
-    zeroed = copied(graph.model)
-    modules: dict[str, Any] = dict(zeroed.named_modules())
+def _silenced(
+    graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool, shared: bool = False
+) -> nn.Module:
+    """shared: for a moment's use; parameters that are as in the graph's network are its own."""
+    made = _own(graph.model) if shared else {}
     for name, ids in graph.norms.items():
-        norm, gone = modules[name], drop[ids]
+        norm, gone = graph.modules[name], drop[ids]
         if not gone.any():  # also one without γ
             continue
         silent = gone & graph.gated[ids] if keep_bias else gone
-        norm.weight[gone.to(norm.weight.device)] = 0
-        norm.bias[silent.to(norm.bias.device)] = 0
-    return zeroed
+        for old, zero in ((norm.weight, gone), (norm.bias, silent)):
+            new = made.get(id(old), old).detach().masked_fill(zero.to(old.device), 0)
+            made[id(old)] = nn.Parameter(new, old.requires_grad)
+    return copied(graph.model, made)
+
+
+def _own(model: nn.Module) -> dict[int, torch.Tensor]:
+    """For `copied`: parameters in the same memory. Buffers are copied: forward may write them."""
+    buffers = {id(b): b.clone() for b in model.buffers()}
+    return buffers | {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
 
 
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` (default: the graph's) without the ids in `drop`; weights that are whole
-    are copied as they are."""
+    """A copy of `model` (default: the graph's) without the ids in `drop`."""
     model = graph.model if model is None else model
-    index: dict[str, dict[int, torch.Tensor]] = {}  # weight -> {axis: places that stay}
     biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
-    for (name, axis), ids in (biases | graph.notes.slices).items():
-        gone = drop[ids]
-        if gone.any():
-            index.setdefault(name, {})[axis] = (~gone).nonzero().flatten()
+    slices = biases | graph.notes.slices
     sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.copies}
     made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in index and name not in sources:
-            continue
-        smaller = tensor.detach()
-        for axis, places in index.get(name, {}).items():
-            smaller = smaller.index_select(axis, places.to(tensor.device))
-        if name in sources:
-            smaller = sources[name].to(tensor.device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        made[id(tensor)] = nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+    for name, tensor in named_tensors(model):
+        smaller = sources[name].to(tensor.device) if name in sources else tensor.detach()
+        for axis in range(tensor.ndim):
+            gone = drop[slices.get((name, axis), NOTHING)].to(tensor.device)
+            if gone.any():
+                smaller = smaller.index_select(axis, (~gone).nonzero().flatten())
+        if name in sources or smaller.shape != tensor.shape:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = (
+                nn.Parameter(smaller, tensor.requires_grad) if is_parameter else smaller
+            )
     small = copied(model, made)
     for name, ids in graph.notes.depthwise.items():
         layer: Any = small.get_submodule(name)
@@ -114,20 +117,16 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
-    """Carry the constants of the dropped channels into what follows each layer that reads them; in
-    place."""
+    """Carry the constants of the dropped channels, in place, into what is behind their readers."""
     for name, ids in graph.inputs.items():
-        gone = drop[ids]
-        lost = torch.where(
-            gone & ~graph.gated[ids], graph.notes.constants[name], 0
-        )  # [channels read]
+        gone = drop[ids] & ~graph.gated[ids]
+        lost = torch.where(gone, graph.notes.constants[name], 0)  # [channels read]
         if not lost.any():
             continue
         layer = modules[name]
         groups = getattr(layer, "groups", 1)
-        weight = layer.weight.reshape(
-            groups, len(layer.weight) // groups, layer.weight.shape[1], -1
-        ).sum(3)
+        weight = layer.weight.flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight
+        weight = weight.reshape(groups, -1, weight.shape[1])  # [groups, out / groups, in / groups]
         sent = (weight @ lost.to(weight).reshape(groups, -1, 1)).flatten()  # [channels written]
         norm = graph.norm_after.get(name)
         if norm and graph.calls[name] == graph.calls[norm] == 1:
@@ -143,12 +142,37 @@ def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> N
             bias += torch.where(gone & constant.isfinite(), constant, 0).to(bias)
 
 
-def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
-    """Refuse a cut that computes anything else on the example, or does not run in training mode."""
-    device = next(small.parameters()).device
-    example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, graph.example)
-    trial = copied(small)
-    found, wanted = _outputs(trial.eval(), example), _outputs(zeroed.eval(), example)
+class _Borderless(TorchDispatchMode):
+    """Inside it images are padded with their nearest pixels: a channel that is constant stays so.
+
+    Only there is folding exact. A convolution that pads with zeros sees the constant of a channel
+    in the middle of an image and less of it at its border; a bias is the same everywhere.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet, args = func.overloadpacket, [*args]
+        if packet is aten.convolution and not args[6]:  # x, weight, bias, stride, padding, …
+            args[0], args[4] = _extended(args[0], args[4]), [0] * len(args[4])
+        elif packet in (aten.avg_pool2d, aten.avg_pool3d) and len(args) > 3:
+            args[0], args[3] = _extended(args[0], args[3]), [0] * len(args[3])
+        elif packet is aten.constant_pad_nd and len(args[1]) <= 2 * (args[0].ndim - 2):
+            args[0], args[1] = _extended(args[0], args[1][-2::-2], args[1][::-2]), []
+        return func(*args, **(kwargs or {}))
+
+
+def _extended(x: torch.Tensor, before: list[int], after: list[int] | None = None) -> torch.Tensor:
+    """x [N, C, …] with its nearest pixels around it, so many along each of its last axes."""
+    for dim, (first, last) in enumerate(zip(before, after or before, strict=True)):
+        dim, size = x.ndim - len(before) + dim, x.shape[dim - len(before)]
+        places = torch.arange(-first, size + last, device=x.device)
+        x = x.index_select(dim, places.clamp(0, size - 1))
+    return x
+
+
+def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
+    """Refuse a cut that computes anything else than `zeroed` on the example."""
+    found = _outputs(copied(small, _own(small)).eval(), graph.example)
+    wanted = _outputs(zeroed.eval(), graph.example)
     if not wanted:
         raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
@@ -159,20 +183,30 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     for f, w in zip(found, wanted, strict=True):
         limit = TOLERANCE.get(w.dtype, 0) * float(w.abs().max()) if w.numel() else 0
         if f.shape != w.shape or (w.numel() and float((f - w).abs().max()) > limit):
-            off = (
-                f"by {(f - w).abs().max():.3g}"
-                if f.shape == w.shape
-                else f"in shape, {list(f.shape)}"
-            )
+            same = f.shape == w.shape
+            off = f"by {(f - w).abs().max():.3g}" if same else f"in shape, {list(f.shape)}"
             raise ValueError(
                 f"the pruned network differs from the masked one {off} on the example: its forward "
                 f"does something with channels that tracing did not show; {REPORT}"
             )
+
+
+def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
+    """Refuse a cut that does not run in training mode.
+
+    Shapes alone tell it, and cost little; what needs numbers runs with them.
+    """
     try:
-        _outputs(trial.train(), example)
+        with ShapesOnly():
+            _outputs(meta_copy(small, training=True), graph.example)
+        return
+    except Exception:  # it needs numbers, or does not run
+        pass
+    try:
+        _outputs(copied(small).train(), graph.example)
     except Exception as error:
         try:  # for some BatchNorms a batch of one is too small, cut or not
-            _outputs(copied(graph.model).train(), example)
+            _outputs(copied(graph.model).train(), graph.example)
         except Exception:
             return
         raise ValueError(
@@ -182,9 +216,8 @@ def _verify(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
 
 def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
     """All tensors that `model` returns for the example, whatever it draws."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
     with (
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
     ):
         return tensors_in(call(model, example))

@@ -11,17 +11,15 @@ ids of their channels:
 - Whatever else a channel enters keeps it whole, and the reason names the operation.
 """
 
+import functools
 import math
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from ..networks import PaddedShortcut
+from ..networks import PaddedShortcut, ShapesOnly, tensors_among
 from .labels import NO_CHANNEL, Notes, Row, Value, Weight
 
 aten = torch.ops.aten
@@ -37,7 +35,7 @@ SOFTMAX = {aten._softmax, aten._log_softmax, aten._safe_softmax}
 OVER_PIXELS = ("_pool", "upsample", "reflection_pad", "replication_pad")
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(ShapesOnly):
     """Notes in `notes` what becomes of the channels while a network runs inside `with tracer:`.
 
     weights: id of a parameter or buffer of that network -> its `Weight`; views of them are added.
@@ -53,25 +51,20 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        given = args
-        if any(t.is_meta for t in tensors):  # forward may make tensors without asking for a device
-            args, kwargs = tree_map(without_numbers, (args, kwargs))
-        out = _run(func, args, kwargs)
+        out = self.run(func, args, kwargs)
+        tensors = tensors_among(args, kwargs)
         self.alive.append((out, tensors))
         self.touched.update(self.weights[id(t)].name for t in tensors if id(t) in self.weights)
         known = [v for t in tensors if (v := self._read(t)) is not None]
+        elsewhere = False  # whether a copy on another device was written instead
         if func._schema.is_mutable:
+            elsewhere = out is not args[0]
             self._written(func, args[0])
         if self._layer(func.overloadpacket, args, out):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
-        elif (
-            func._schema.is_mutable
-            and args[0] is not given[0]
-            or not self._passes_on(func, func.overloadpacket, args, kwargs, out)
-        ):  # written to another device
+        elif elsewhere or not self._passes_on(func, func.overloadpacket, args, kwargs, out):
             self._lose(func, known)
         return out
 
@@ -175,13 +168,10 @@ class Tracer(TorchDispatchMode):
         notes.slice(own.name, int(transposed), ids[: width // groups] if transposed else ids)
         self._slice(bias, ids)
         if row:
-            read = row.ids
-            notes.join_parts(read, len(read) // groups)
-            notes.slice(
-                own.name, 1 - transposed, read if transposed else read[: len(read) // groups]
-            )
-            constant = not transposed and own.layer in self.modules
-            notes.read(own.layer, row, constant)
+            part = len(row.ids) // groups
+            notes.join_parts(row.ids, part)
+            notes.slice(own.name, 1 - transposed, row.ids if transposed else row.ids[:part])
+            notes.read(own.layer, row, constant=not transposed and own.layer in self.modules)
         elif groups > 1:
             notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
@@ -253,14 +243,14 @@ class Tracer(TorchDispatchMode):
         if any(word in _name(func) for word in OVER_PIXELS):
             out = out[0] if isinstance(out, tuple) else out
             same = not any(value.varies(d) for d in range(2, out.ndim))
-            return same and self._label(out, value.again())
+            return same and self._label(out, Value.of(value))
         return False
 
     def _move(self, func, packet, value: Value, args, kwargs, out) -> bool:
         """Carry the operation out on the labels; join what can only go together afterwards."""
         shape, what = args[0].shape, _name(func)
         if value.ids.numel() > 1 and packet not in (aten.permute, aten.transpose):
-            self.notes.rigid.append((value.ids, repr(what)))
+            self.notes.suspect(value.ids, repr(what))
         outs = [out] if isinstance(out, torch.Tensor) else out
         if packet in (aten.split, aten.split_with_sizes, aten.slice):
             place = 1 if packet is aten.slice else 2
@@ -318,8 +308,8 @@ class Tracer(TorchDispatchMode):
 
     def _value(self, tensor: torch.Tensor) -> Value:
         """What is known of a tensor. One without channels lies at places that never go."""
-        known = self.values.get(id(tensor))
-        return known or Value.unknown(torch.full((1,) * tensor.ndim, NO_CHANNEL))
+        nothing = Value.unknown(torch.full((1,) * tensor.ndim, NO_CHANNEL))
+        return self.values.get(id(tensor), nothing)
 
     def _pointwise(self, func, packet, args, kwargs, out) -> bool:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
@@ -340,8 +330,7 @@ class Tracer(TorchDispatchMode):
             dead, constant = self._numbers_of(func, args, kwargs, out.ndim)
         except (RuntimeError, NotImplementedError):  # not for float64
             return False
-        shape = torch.broadcast_shapes(ids.shape, dead.shape, constant.shape)
-        made = Value(ids.expand(shape), dead.expand(shape), constant.expand(shape))
+        made = Value.of(torch.broadcast_tensors(ids, dead, constant))
         return self._label(out, made.compact(self.notes))
 
     def _meet(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -355,8 +344,8 @@ class Tracer(TorchDispatchMode):
 
     def _meet_tensor(self, value: Value, tensor: torch.Tensor, out) -> bool:
         """A weight with a number for each channel is cut along; another tensor must not care."""
-        size = _aligned(tensor.shape, out.ndim)
-        axes = [d for d, n in enumerate(size) if n > 1 and value.varies(d)]
+        last = range(-tensor.ndim, 0)
+        axes = [out.ndim + d for d in last if tensor.shape[d] > 1 and value.varies(d)]
         if not axes:
             return True
         weight, row = self.weights.get(id(tensor)), value.row(axes[0], out.shape)
@@ -365,11 +354,9 @@ class Tracer(TorchDispatchMode):
         self.notes.slice(weight.name, weight.axis, row.ids)
         return True
 
-    def _numbers(self, operand):
-        """float64 numbers of a tensor, nan where they are not known; other operands as they are."""
-        if not isinstance(operand, torch.Tensor):
-            return operand
-        weight = self.weights.get(id(operand))
+    def _numbers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """float64 numbers of a tensor, nan where they are not known."""
+        weight = self.weights.get(id(tensor))
         return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
 
     def _numbers_of(self, func, args, kwargs, ndim: int):
@@ -378,20 +365,20 @@ class Tracer(TorchDispatchMode):
         It is carried out with the numbers that are known, and eight others for each that is not:
         what comes out the same each time does not depend on them.
         """
-        zeros, constants = list(args), list(args)
+        operands = list(args)
         for i, a in enumerate(args):
             if id(a) in self.values:
                 value = self.values[id(a)].aligned(ndim)
-                zeros[i] = _guessed(torch.where(value.dead, 0.0, torch.nan), i)
-                constants[i] = _guessed(value.constant, i)
+                zeros = torch.where(value.dead, 0.0, torch.nan)
+                operands[i] = _guessed(torch.stack([zeros, value.constant]), i)
             elif isinstance(a, torch.Tensor):
                 numbers = self._numbers(a)
-                numbers = numbers.reshape((1,) * (ndim - numbers.ndim) + tuple(numbers.shape))
-                zeros[i] = _guessed(torch.full_like(numbers, torch.nan), i)
-                constants[i] = _guessed(numbers, i)
-        silent, known = (_apply(func, operands, kwargs) for operands in (zeros, constants))
-        same = (known == known[0]).all(0)
-        return (silent == 0).all(0), torch.where(same, known[0].double(), torch.nan)
+                numbers = numbers[(None,) * (ndim - numbers.ndim)]
+                nothing = torch.full_like(numbers, torch.nan)
+                operands[i] = _guessed(torch.stack([nothing, numbers]), i)
+        found = _apply(func, operands, kwargs).double()  # [8, 2, …]
+        silent, constant = torch.where((found == found[0]).all(0), found[0], torch.nan)
+        return silent == 0, constant
 
     def _pad(self, value: Value, args, kwargs, out) -> bool:
         """Zeros around the image change no channel. Zeros beside the channels belong to none."""
@@ -405,24 +392,16 @@ class Tracer(TorchDispatchMode):
                 beside[2 * i : 2 * i + 2], shape[dim] = both, args[0].shape[dim]
         ids, dead, constant = (t.expand(shape) for t in value)
         dead = dead & (number == 0)
-        return self._label(
-            out,
-            Value(
-                F.pad(ids, beside, value=NO_CHANNEL),
-                F.pad(dead, beside, value=number == 0),
-                F.pad(constant, beside, value=number),
-            ),
-        )
+        ids, constant = F.pad(ids, beside, value=NO_CHANNEL), F.pad(constant, beside, value=number)
+        return self._label(out, Value(ids, F.pad(dead, beside, value=number == 0), constant))
 
     def _shortcut(self, value: Value, args, out) -> bool:
         """An option-A shortcut: out[j] copies x[source[j]], and x[0] is zero."""
         weight, row = self.weights.get(id(args[2])), value.row(1, args[0].shape)
-        if weight is None or not row:
+        module = self.modules.get(weight.module) if weight else None
+        if weight is None or not row or not isinstance(module, PaddedShortcut):
             return False
-        shortcut = weight.module
-        if not isinstance(self.modules.get(shortcut), PaddedShortcut):
-            return False
-        source = weight.data.cpu()
+        source, shortcut = weight.data.cpu(), weight.module
         ids = self.notes.begin(shortcut, len(source))
         made = Value(ids, row.dead[source], row.constant[source], shortcut)
         self.notes.copy(shortcut, row.ids[1:], made, source)
@@ -440,44 +419,32 @@ class Tracer(TorchDispatchMode):
         if out.ndim < ndim:
             left = [d for d in range(ndim) if d not in gone]
             value = value.map(lambda t: t.reshape([t.shape[d] for d in left]))[0]
-        return self._label(out, value.again())
+        return self._label(out, Value.of(value))
 
 
 def _guessed(numbers: torch.Tensor, place: int) -> torch.Tensor:
     """float64 [8, …]: the numbers, and for each nan eight of both signs, others at each place."""
-    draws = torch.rand(8, *numbers.shape, generator=torch.Generator().manual_seed(place)).double()
-    sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * numbers.ndim)
-    return torch.where(numbers.isnan(), sign * (0.5 + 3 * draws), numbers.double())
+    return torch.where(numbers.isnan(), _guesses(numbers.shape, place), numbers.double())
+
+
+@functools.lru_cache(100)
+def _guesses(shape: torch.Size, place: int) -> torch.Tensor:
+    draws = torch.rand(8, *shape, generator=torch.Generator().manual_seed(place)).double()
+    sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * len(shape))
+    return sign * (0.5 + 3 * draws)
 
 
 def _apply(func, operands, kwargs):
     """A pointwise operation on operands [8, …], as large as its result: it may work in place."""
-    sizes = [a.shape for a in operands if isinstance(a, torch.Tensor)]
-    shape = torch.broadcast_shapes(*sizes)
-    whole = [a.expand(shape).clone() if isinstance(a, torch.Tensor) else a for a in operands]
+    whole = iter(torch.broadcast_tensors(*[a for a in operands if isinstance(a, torch.Tensor)]))
+    operands = [next(whole).clone() if isinstance(a, torch.Tensor) else a for a in operands]
     if func.overloadpacket is aten.where:
-        whole[0] = whole[0] > 0
+        operands[0] = operands[0] > 0
     if func.overloadpacket is aten._to_copy:  # to another type or device
-        return whole[0]
-    return func(*whole, **kwargs)
-
-
-def without_numbers(x: Any) -> Any:
-    return x.to("meta") if isinstance(x, torch.Tensor) and not x.is_meta else x
-
-
-def _run(func, args, kwargs):
-    """What the operation returns. A BatchNorm's shapes PyTorch would derive slowly, in Python."""
-    if func is aten.native_batch_norm.default and args[0].is_meta and not args[5]:
-        return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
-    return func(*args, **kwargs)
+        return operands[0]
+    return func(*operands, **kwargs)
 
 
 def _name(func) -> str:
     """An operation's name for people: aten.native_layer_norm.default -> layer_norm."""
     return func.overloadpacket.__name__.strip("_").removeprefix("native_")
-
-
-def _aligned(shape, ndim: int) -> tuple[int, ...]:
-    """A shape with axes of size 1 in front, as broadcasting adds them."""
-    return (1,) * (ndim - len(shape)) + tuple(shape)

@@ -122,7 +122,7 @@ class _Training:
         self.steps = steps_per_epoch(train, settings.batch_size)
         rates = learning_rates(settings.lr, settings.epochs * self.steps, settings.schedule)
         self.rates = rates.tolist()  # float [epochs · steps]
-        self.teacher: nn.Module | None = None
+        self.teacher: Any = None
         self.history, self.gammas, self.seconds = [], [all_gammas(model)], 0.0
 
     def go(self, run: Any, precision: str, capture: bool) -> pd.DataFrame:

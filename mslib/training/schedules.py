@@ -15,8 +15,10 @@ def learning_rates(lr: float, steps: int, schedule: str = "onecycle") -> torch.T
     "step": `lr`, divided by ten after half and after three quarters of the run.
     "constant": `lr`.
 
-    Raises ValueError for another schedule.
+    Raises ValueError for another schedule, or without a step.
     """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected at least one iteration")
     t = torch.arange(steps, dtype=torch.float64) / steps  # share of the run that is over, [steps]
     if schedule == "onecycle":
         rise = (t + 1 / steps) / 0.2

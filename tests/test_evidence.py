@@ -1,0 +1,52 @@
+"""The protocol of the recovery curves, on drawn images and a small network."""
+
+import pandas as pd
+import yaml
+
+import mslib as ms
+from mslib.files import ROOT
+from tools import evidence
+
+PROTOCOL = ROOT / "data" / "recovery-cifar10.yml"
+
+
+def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "METHODS", ("one-shot", "masked-global", "global"))
+    monkeypatch.setattr(evidence, "DEEPER", ("one-shot",))
+    data = ms.load_data("shapes", image_size=8, sizes=(120, 60))
+    monkeypatch.setattr(ms, "load_data", lambda name: data)
+    file = tmp_path / "recovery.yml"
+    small = dict(depth=14, seed=[0], reduction=[0.8], epochs=1, prepare=1, repairs=[1, 2])
+    file.write_text(yaml.safe_dump(yaml.safe_load(PROTOCOL.read_text()) | small))
+    words = [str(file), "--runs", str(tmp_path / "runs")]
+    evidence.main(words)
+    table = pd.read_csv(tmp_path / "recovery.csv", dtype={"station": str})
+    whole = table[(table.images == 1) & ~table.taught].groupby("method").station.agg(list)
+    curve = ["before", "cut", "folded", "1", "2"]
+    assert whole["global"] == whole["masked-global"] == curve
+    assert whole["one-shot"] == [*curve, "3"]  # the epochs that others prepare in, too
+    assert whole["dense"] == ["0", "3"] and whole["scratch"] == ["4"]
+    assert len(table[table.images < 1]) == 2 and len(table[table.taught]) == 2
+    assert not table.duplicated(evidence.KEY).any()
+    after = table[~table.station.isin(["before", "0"]) & (table.method != "dense")]
+    dense = table[table.method == "dense"].macs.iloc[0]
+    assert (after.macs <= 0.2 * dense).all() and (after.macs > 0.1 * dense).all()
+
+    def fails(*args, **kwargs):
+        raise AssertionError("a training that is not needed")
+
+    monkeypatch.setattr(ms, "fit", fails)
+    evidence.main(words)  # all rows are there
+    assert len(pd.read_csv(tmp_path / "recovery.csv")) == len(table)
+    one = (table.station == "1") & (table.method == "one-shot")
+    rows = table[~one]
+    rows.to_csv(tmp_path / "recovery.csv", index=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(evidence, "METHODS", ("one-shot",))
+    monkeypatch.setattr(evidence, "DEEPER", ())
+    monkeypatch.setattr(ms, "load_data", lambda name: data)
+    evidence.main(words)  # finished trainings are loaded, the row is measured anew
+    again = pd.read_csv(tmp_path / "recovery.csv", dtype={"station": str})
+    keys = [*evidence.KEY, "held_out", "test"]
+    found, wanted = (rows[keys].sort_values(keys, ignore_index=True) for rows in (again, table))
+    pd.testing.assert_frame_equal(found, wanted)
