@@ -14,7 +14,7 @@ Three floors, in the order in which one reads them:
 They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
 network, untrained, save, load), `costs` (cost, latency) and `exports` (export). Above them, loaded
 only when asked for, is the `course` (config, stage, require, data_of, image_folder, reference,
-published, scoreboard, tables, plots, exercises).
+published, scoreboard, tables, plots, diagrams, exercises).
 """
 
 from importlib import import_module
@@ -44,6 +44,7 @@ __version__ = "0.2.0"
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
     "data_of": "stages",
+    "diagrams": "diagrams",
     "exercises": "exercises",
     "image_folder": "images",
     "plots": "plots",

@@ -1,0 +1,131 @@
+"""The course's diagrams, drawn by code: what a lesson wants looked at rather than read.
+
+Each is a card with a white ground and dark ink, legible on light and on dark pages.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from .plots import COLORS, figure, style
+
+INK, QUIET = "#222222", "#777777"
+FILLS = {  # of a box: the question that its lesson answers
+    "which widths?": "#cfe3f5",
+    "which weights?": "#d5ecd4",
+    "how to cut\nwithout damage?": "#fbdcc0",
+    "all three": "#e4e0f0",
+    "": "#eeeeee",
+}
+
+
+def _card(title: str, width: float, height: float) -> Axes:
+    """Empty axes under `title`, in inches from the lower left."""
+    _, ax = figure(title, width, height)
+    ax.set(xlim=(0, width), ylim=(0, height - 0.4), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def _box(ax: Axes, x: float, y: float, w: float, h: float, fill: Any, edge: str = INK) -> None:
+    """A rounded box whose lower left corner is at (x, y)."""
+    looks: Any = dict(boxstyle="round,pad=0,rounding_size=0.06", fc=fill, ec=edge, lw=1)
+    ax.add_patch(FancyBboxPatch((x, y), w, h, **looks))
+
+
+def _text(ax: Axes, x: float, y: float, text: str, size: float = 9, **looks: Any) -> None:
+    """Centred text."""
+    ax.text(x, y, text, **{"ha": "center", "va": "center", "color": INK, "fontsize": size} | looks)
+
+
+def _arrow(
+    ax: Axes, start: Sequence[float], end: Sequence[float], ink: Any = INK, **looks: Any
+) -> None:
+    """An arrow from `start` to `end`, each (x, y)."""
+    looks = {"arrowstyle": "-|>", "mutation_scale": 11, "lw": 1.2, "color": ink} | looks
+    ax.add_patch(FancyArrowPatch(tuple(start), tuple(end), shrinkA=0, shrinkB=0, **looks))
+
+
+@style()
+def pipeline() -> None:
+    """The map of the course: which lesson answers which question, and what it hands on."""
+    ax = _card("Three questions lead through the course", 10, 4)
+    widths, weights, damage, every, none = FILLS
+    line = [
+        ("01", "Baseline", none, "trained\nnetwork"),
+        ("02", "Global\nsparsity", widths, "mask: which\nchannels stay"),
+        ("03", "Masked\nregularization", damage, "dropped\nchannels\nat zero"),
+        ("04", "Pruning", damage, "small\nnetwork"),
+        ("05", "Fine-tuning", weights, ""),
+    ]
+    more = [
+        ("06", "Growing\nregularization", weights),
+        ("07", "Feature\nflow", widths),
+        ("08", "Method\ncomparison", every),
+        ("09", "Your own\nnetwork", every),
+    ]
+    for i, (number, name, question, handed) in enumerate(line):
+        x = 0.1 + 2.11 * i
+        _lesson(ax, x, 2.0, number, name, question)
+        if handed:
+            _arrow(ax, (x + 1.34, 2.62), (x + 2.09, 2.62))
+            _text(ax, x + 1.72, 3.0, handed, 7.5, color=QUIET)
+    for i, (number, name, question) in enumerate(more):
+        _lesson(ax, 1.15 + 2.11 * i, 0.1, number, name, question)
+    _text(ax, 0.55, 0.72, "other ways,\nand what\nthey are\nworth", 8.5, color=QUIET)
+    _arrow(ax, (0.77, 1.98), (1.13, 1.2), QUIET, connectionstyle="arc3,rad=0.2")
+    _text(ax, 1.25, 1.62, "the same trained network", 7.5, color=QUIET, ha="left")
+
+
+def _lesson(ax: Axes, x: float, y: float, number: str, name: str, question: str) -> None:
+    """The box of one lesson: number and name, below them the question that it answers."""
+    _box(ax, x, y, 1.32, 1.25, FILLS[question])
+    _text(ax, x + 0.66, y + 1.08, number, 8, color=QUIET)
+    _text(ax, x + 0.66, y + 0.75, name, 9.5, fontweight="bold")
+    _text(ax, x + 0.66, y + 0.25, question or "the start", 8, style="italic")
+
+
+@style()
+def block() -> None:
+    """A residual block: where one inner channel runs, and what is removed with it."""
+    title = "Removing one inner channel removes a filter, a γ, a β, and an input"
+    ax, gone = _card(title, 10, 4), COLORS["dropped"]
+    parts = [  # head, left side, width, what a channel has there, what of it is removed
+        ("convolution 1", 1.0, 1.3, "filter {}", "one filter"),
+        (
+            "BatchNorm",
+            3.1,
+            1.5,
+            "$\\gamma_{}\\,\\hat{{z}}_{} + \\beta_{}$",
+            "one γ, β, mean, variance",
+        ),
+        ("convolution 2", 6.3, 1.3, "input {}", "one input of every filter"),
+    ]
+    for head, x, w, inside, removed in parts:
+        _box(ax, x - 0.12, 0.5, w + 0.24, 2.28, "#f4f4f4", QUIET)
+        _text(ax, x + w / 2, 2.95, head, 9.5, fontweight="bold")
+        _text(ax, x + w / 2, 0.28, removed, 8.5, color=gone)
+        for k in range(1, 6):
+            ink, fill = (gone, "#f7d9c4") if k == 5 else (QUIET, "#dfe8f1")
+            _box(ax, x, 2.68 - 0.43 * k + 0.03, w, 0.34, fill, ink)
+            _text(ax, x + w / 2, 2.88 - 0.43 * k, inside.format(k, k, k), 8.5)
+    _text(ax, 5.37, 2.95, "ReLU", 9.5, fontweight="bold")
+    for k in range(1, 6):
+        y, ink = 2.88 - 0.43 * k, gone if k == 5 else QUIET
+        for start, end in ((2.3, 3.1), (4.6, 5.1), (5.62, 6.3)):
+            _arrow(ax, (start, y), (end, y), ink, ls="--" if k == 5 else "-")
+        ax.plot([5.12, 5.36, 5.6], [y - 0.1, y - 0.1, y + 0.12], color=ink, lw=1.6)
+    _text(ax, 0.3, 1.6, "$x$", 12)
+    _text(ax, 9.3, 1.6, "+", 15)
+    _box(ax, 8.1, 1.33, 0.8, 0.54, "#f4f4f4", QUIET)
+    _text(ax, 8.5, 1.6, "Batch-\nNorm", 8)
+    for start, end in ((0.45, 0.88), (7.72, 8.1), (8.9, 9.18), (9.45, 9.95)):
+        _arrow(ax, (start, 1.6), (end, 1.6))
+    _text(ax, 9.72, 1.78, "ReLU", 8)
+    for x in (0.3, 9.3):
+        looks: Any = dict(connectionstyle="angle,angleA=90,angleB=0,rad=8", arrowstyle="-")
+        _arrow(ax, (x, 1.78), (4.8, 3.3), QUIET, **looks)
+    words = "shortcut: the residual channels, shared by all blocks of a stage"
+    _text(ax, 4.8, 3.45, words, 8.5, color=QUIET)
