@@ -249,8 +249,9 @@ def _with_floor(
     `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     below = [name for name, keep in masks.items() if keep.sum() < least[name]]
-    if below and tell:
-        log.warning(
+    if below and tell:  # no news to who set a floor; else a layer would have vanished
+        log.log(
+            logging.INFO if floor else logging.WARNING,
             "%s kept in %s: it would have lost %s",
             _least(floor),
             short(below),
