@@ -35,7 +35,6 @@ TINY = dict(
     sparse_epochs=1,
     finetune_epochs=1,
     reduction=0.6303,
-    vgg_width=0.125,
     global_strength=0.02,
     masked_strength=0.05,
 )

@@ -203,7 +203,8 @@ def test_no_layer_goes_below_the_floor(residual, caplog):
         model.stage3[1].bn1.weight.mul_(0.01)  # a layer whose every channel would go
     graph = ms.ChannelGraph(model, X)
     for floor, least in ((0.0, 1), (0.1, 7), (0.25, 16)):
-        with caplog.at_level(logging.WARNING, logger="mslib"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="mslib"):
             masks = ms.masks_for_macs(graph, None, 0.4, residual, floor=floor)
         assert int(masks["stage3.1.bn1"].sum()) == least
         assert all(int(m.sum()) >= floor * len(m) for m in masks.values())
@@ -213,6 +214,8 @@ def test_no_layer_goes_below_the_floor(residual, caplog):
         assert (
             "one channel" if not floor else f"{floor:.1%} of the channels"
         ) + " kept in stage3.1.bn1" in caplog.text
+        told = {record.levelno for record in caplog.records}  # who set a floor expects it
+        assert told == {logging.INFO if floor else logging.WARNING}
     with pytest.raises(
         ValueError, match="out of reach: with 90.0% of the channels left in each layer"
     ):

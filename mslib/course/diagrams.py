@@ -222,3 +222,46 @@ def folding() -> None:
         ax.plot([11.8, 13.0], ends, color=SHARED, lw=2, zorder=5)
     _arrow(ax, (13.2, 2.0), (18.6, 3.7), SHARED, lw=2, connectionstyle="arc3,rad=0.3")
     ax.text(14.2, 0.8, "the constant moves into the mean\nthat bn2 subtracts", **where)
+
+
+# ---- 06 · growing regularization -------------------------------------------------------------
+
+
+@style()
+def growing() -> None:
+    """The factor of the growing penalty over a training: GReg-1 and GReg-2, beside a constant."""
+    _, (left, right) = figure("The penalty factor grows, then it is held", 10, 3.4, columns=2)
+    time = [0.0, 0.6, 1.0]  # as a share of the training
+    left.plot(time, [1, 1, 1], color=QUIET, ls="--")
+    left.plot(time, [0, 1, 1], color=COLORS["dropped"], lw=2)
+    right.plot([0, 0.2], [0, 0.12], color=INK, lw=2)
+    right.plot([0.2, 0.6, 1], [0.12, 1, 1], color=COLORS["dropped"], lw=2)
+    right.plot([0.2, 0.2, 1], [0.12, 0, 0], color=COLORS["kept"], lw=2)
+    left.set_title("GReg-1: the dropped filters are known")
+    right.set_title("GReg-2: the penalty finds them first")
+    _phases(left, {"grow": 0.6, "hold": 0.4})
+    _phases(right, {"pick": 0.2, "grow": 0.4, "hold": 0.4})
+    words: list[tuple[Axes, float, float, str, Any]] = [
+        (left, 0.02, 1.06, "constant: full strength at once", QUIET),
+        (left, 0.35, 0.45, "dropped filters", COLORS["dropped"]),
+        (left, 0.35, 0.05, "kept filters: no penalty", COLORS["kept"]),
+        (right, 0.02, 0.2, "all filters", INK),
+        (right, 0.43, 0.45, "dropped filters", COLORS["dropped"]),
+        (right, 0.3, 0.05, "kept filters: no penalty any more", COLORS["kept"]),
+    ]
+    for ax, x, y, text, ink in words:
+        _text(ax, x, y, text, color=ink, ha="left")
+    left.plot([0, 1], [0, 0], color=COLORS["kept"], lw=2)
+    left.set_ylabel("penalty factor r")
+
+
+def _phases(ax: Axes, shares: dict[str, float]) -> None:
+    """Bands behind a curve over the training: name -> share of its time."""
+    start = 0.0
+    for i, (name, share) in enumerate(shares.items()):
+        ax.axvspan(start, start + share, color="#f1f1f1" if i % 2 else "#ffffff", zorder=0)
+        _text(ax, start + share / 2, 1.24, name, 9.5, fontweight="bold")
+        start += share
+    ax.set(xlim=(0, 1), ylim=(-0.04, 1.36), xlabel="training", xticks=[], yticks=[0, 1])
+    ax.set_yticklabels(["0", "ceiling"])
+    ax.grid(False)

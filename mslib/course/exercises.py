@@ -154,6 +154,52 @@ def one_cycle(t: int, steps: int, top: float) -> float:
     return top * (1 + math.cos(math.pi * (t / steps - 0.2) / 0.8)) / 2
 
 
+# ---- 06 · growing regularization ---------------------------------------------------------------
+
+
+@exercise(
+    (torch.zeros(4), torch.tensor([True, False, True, False]), 0.5, 2.0),
+    (torch.tensor([0.0, 1.9, 1.0]), torch.tensor([True, False, False]), 0.5, 2.0),
+    (torch.tensor([0.3, 2.0]), torch.tensor([True, False]), 0.1, 2.0),
+)
+def grow(factors: torch.Tensor, keep: torch.Tensor, delta: float, ceiling: float) -> torch.Tensor:
+    """The factor of a dropped filter (keep is False) grows by delta, but not above the ceiling;
+    that of a kept filter stays as it is."""
+    return torch.where(keep, factors, (factors + delta).clamp(max=ceiling))
+
+
+# ---- 07 · feature flow -------------------------------------------------------------------------
+
+
+@exercise(
+    ([torch.tensor([0.0, 0.0]), torch.tensor([1.0, -1.0]), torch.tensor([2.0, -2.0])],),
+    ([torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0, 2.0]])],),
+    ([torch.arange(6.0).reshape(2, 3) * f for f in (1.0, 3.0, 2.0, 2.5)],),
+)
+def flow(features: list[torch.Tensor]) -> tuple[float, float]:
+    """Length: the sum over l of the mean of |x[l+1] - x[l]|. Curvature: the same of the
+    differences of neighbouring steps."""
+    steps = [after - before for before, after in zip(features, features[1:])]
+    bends = [after - before for before, after in zip(steps, steps[1:])]
+    length = sum(float(step.abs().mean()) for step in steps)
+    return length, sum(float(bend.abs().mean()) for bend in bends)
+
+
 # ---- 08 · comparing methods --------------------------------------------------------------------
 
 exercise(([0.1, -0.2, 0.4],), ([1.0, 1.25],), ([0.3, 0.1, 0.2, -0.1, 0.0],))(half_width)
+
+
+# ---- 09 · your own network ---------------------------------------------------------------------
+
+
+@exercise(
+    ({0.0: 93.0, 0.2: 92.5, 0.4: 91.0, 0.6: 80.0}, 2.0),
+    ({0.0: 93.0, 0.3: 90.0, 0.5: 92.8, 0.7: 60.0}, 0.5),
+    ({0.0: 75.0, 0.5: 70.0}, 1.0),
+)
+def largest_reduction(measured: dict[float, float], points: float) -> float:
+    """Among the reductions whose top-1 is at least that of reduction 0.0 minus `points`, return
+    the largest; reduction 0.0 itself is always among them."""
+    allowed = measured[0.0] - points
+    return max(reduction for reduction, top1 in measured.items() if top1 >= allowed)

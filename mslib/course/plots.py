@@ -57,7 +57,7 @@ COLORS = {
     "kept": _palette[0],
     "dropped": _palette[3],
     "one-shot": _palette[5],
-    "fixed": _palette[7],
+    "constant": _palette[7],
     "greg-1": _palette[9],
     "greg-2": _palette[6],
     "random": _palette[7],
@@ -406,6 +406,39 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
     axes[2].legend()
     fig.savefig(path)
     plt.close(fig)
+
+
+@style()
+def magnitudes(sizes: Tensor, flags: Tensor, title: str, low: float = 1e-4) -> None:
+    """Histogram of the filters' sizes [filters], kept (`flags`) and dropped apart."""
+    _, ax = figure(title, height=3.0)
+    values = sizes.clamp(min=low).log10().numpy()
+    bins = np.linspace(np.log10(low), 0, 60)
+    for flag, label in ((True, "kept"), (False, "dropped")):
+        chosen = values[flags.numpy() == flag]
+        ax.hist(chosen, bins=bins, color=COLORS[label], alpha=0.7)
+        place = dict(xytext=(0.02, 0.88 if flag else 0.76), textcoords="axes fraction")
+        ax.annotate(f"{label}: {len(chosen)} filters", (0, 0), color=COLORS[label], **place)
+    ticks = range(int(np.floor(np.log10(low))), 1)
+    ax.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+    ax.set(xlabel="size of a filter, mean |W|", ylabel="filters")
+
+
+@style()
+def moments(values: Values, names: Sequence[str], title: str, unit: str) -> None:
+    """A line a method over the moments `names`, labelled at its end, its values at the others."""
+    _, ax = figure(title, height=3.8)
+    last = len(names) - 1
+    ends = sorted((tops[last], method) for method, tops in values.items())
+    span = max(map(max, values.values())) - min(map(min, values.values()))
+    height = -np.inf
+    for end, method in ends:
+        ink = color(method)
+        ax.plot(values[method], "o-", color=ink, ms=5)
+        height = max(end, height + span / 14)  # labels that do not lie on one another
+        ax.text(last + 0.06, height, f"{method}  {end:.1f}", color=ink, va="center", fontsize=9)
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
 
 
 @style()

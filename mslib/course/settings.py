@@ -34,7 +34,7 @@ def _setting(
 ) -> Any:
     """A setting that first matters to `lesson`, and to all that build on it.
 
-    `also`: of lessons 08 and 09, which build on 02 and on nothing, those that read it all the same.
+    `also`: of lessons 06 to 09, which build on 01, 02 or nothing, those that read it all the same.
     """
     told: Any = {"lesson": lesson, "also": also}
     return Field(default, description=doc, json_schema_extra=told, **bounds)
@@ -83,11 +83,9 @@ class Config(BaseModel):
     )
     epochs: int = _setting(30, 1, "of the baseline", gt=0, le=10_000)
     lr: float = _setting(0.1, 1, "highest learning rate of the baseline", gt=0, le=100)
-    sparse_epochs: int = _setting(
-        4, 2, "with a sparsity penalty, global or masked", gt=0, le=10_000
-    )
+    sparse_epochs: int = _setting(4, 2, "with a sparsity penalty", also=(6, 7), gt=0, le=10_000)
     sparse_lr: float = _setting(
-        0.02, 2, "highest learning rate with a penalty", also=(9,), gt=0, le=100
+        0.02, 2, "highest learning rate with a penalty", also=(6, 7, 9), gt=0, le=100
     )
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ", gt=0, le=1000)
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9,), gt=0, lt=1)
@@ -98,14 +96,15 @@ class Config(BaseModel):
     masked_strength: float = _setting(
         2e-2, 3, "λ of the penalty on the masked-out γ", also=(8,), gt=0, le=1000
     )
-    finetune_epochs: int = _setting(4, 5, "after the cut", also=(8,), gt=0, le=10_000)
+    finetune_epochs: int = _setting(4, 5, "after the cut", also=(6, 7, 8), gt=0, le=10_000)
     finetune_lr: float = _setting(
-        0.02, 5, "highest learning rate after the cut", also=(8, 9), gt=0, le=100
+        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8, 9), gt=0, le=100
     )
     layer_reduction: dict[str, Share] = _setting(
         {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
         6,
         "share of the filters to remove in each layer of a stage",
+        also=(7,),
     )
     growing_epochs: int | None = _setting(
         None, 6, "with a growing penalty; None: sparse_epochs", also=(8,), gt=0, le=10_000
@@ -125,20 +124,18 @@ class Config(BaseModel):
     growing_every: int = _setting(
         10, 6, "iterations between two steps of the factor", also=(8,), gt=0, le=100_000
     )
-    vgg_width: float = _setting(
-        0.25, 6, "channels of the plain network, as a share of VGG-16's", gt=0, le=4
+    growing_exponent: float = _setting(
+        0.5,
+        6,
+        "GReg-2's common penalty shrinks what nothing holds to e to the minus this",
+        also=(8,),
+        gt=0,
+        le=100,
     )
     flow_length: float = _setting(
         1.0, 7, "k1, strength on the length of the feature flow", also=(8,), gt=0, le=1e6
     )
     flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature", gt=0, le=1e6)
-    growing_exponent: float = _setting(
-        4.0,
-        8,
-        "GReg-2's common penalty shrinks what nothing holds to e to the minus this",
-        gt=0,
-        le=100,
-    )
     method: Method = _setting("masked", 8, "of pruning: " + ", ".join(get_args(Method)))
     own_network: str = _setting("resnet18", 9, "of torchvision, by name", min_length=1)
     own_side: int = _setting(
@@ -195,7 +192,7 @@ class Config(BaseModel):
         if name in ("train_size", "test_size") and self.dataset != "shapes":
             return False
         told = _told(SETTINGS[name])
-        chain = {8: 2, 9: 0}.get(lesson, lesson)  # 08 builds on 02, 09 on nothing, 07 on all before
+        chain = {6: 1, 7: 1, 8: 2, 9: 0}.get(lesson, lesson)  # the last that it builds on
         return told["lesson"] in (*range(1, chain + 1), lesson) or lesson in told["also"]
 
     def overrides(self) -> dict[str, Any]:
@@ -225,8 +222,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         masked_strength=8e-2,
         finetune_epochs=2,
         finetune_lr=0.05,
+        own_side=32,
+        own_epochs=5,
+        own_lr=0.03,
         own_sparse_epochs=3,
-        growing_ceiling=8.0,
+        growing_ceiling=2.5,
         growing_every=5,
         flow_length=3.0,
         flow_curvature=3.0,
@@ -254,7 +254,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         growing_ceiling=1.0,
         growing_every=10,
         growing_exponent=0.5,
-        vgg_width=1.0,
     ),
 }
 

@@ -25,8 +25,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "03_masked_regularization": ("01_baseline", "02_global_sparsity"),
     "04_pruning": ("02_global_sparsity", "03_masked_regularization"),
     "05_finetune": ("04_pruning",),
-    "06_growing_regularization": ("05_finetune",),
-    "07_feature_flow": ("06_growing_regularization",),
+    "06_growing_regularization": ("01_baseline",),
+    "07_feature_flow": ("01_baseline",),
     "08_method_comparison": ("01_baseline", "02_global_sparsity"),
     "09_your_own_network": (),
 }

@@ -235,9 +235,9 @@ def _with_floor(
     """Keep the best channels of layers below the floor; let masks say what `prune` will do."""
     least = {name: max(1, math.ceil(floor * len(keep))) for name, keep in masks.items()}
     below = [name for name, keep in masks.items() if keep.sum() < least[name]]
-    if below and tell:
-        lost = "more" if floor else "all"
-        log.warning("%s kept in %s: it would have lost %s", _least(floor), short(below), lost)
+    if below and tell:  # no news to who set a floor; else a layer would have vanished
+        level, lost = (logging.INFO, "more") if floor else (logging.WARNING, "all")
+        log.log(level, "%s kept in %s: it would have lost %s", _least(floor), short(below), lost)
     worth = torch.full((len(graph.root),), -torch.inf)
     for name, s in scores.items():
         worth[graph.root[graph.norms[name]]] = s.float()
