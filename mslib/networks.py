@@ -148,9 +148,8 @@ class ShapesOnly(TorchDispatchMode):
         if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
             args, kwargs = moved((args, kwargs), "meta")
         if func is torch.ops.aten.native_batch_norm.default and args[0].is_meta:
-            x, training = args[0], args[5]
-            some = x.new_empty(x.shape[1] if training else 0)
-            return torch.empty_like(x), some, some
+            x, some = args[0], args[0].new_empty(args[0].shape[1] if args[5] else 0)  # in training
+            return x.new_empty_strided(x.shape, x.stride()), some, some
         return func(*args, **kwargs)
 
 

@@ -228,8 +228,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         own_sparse_epochs=3,
         growing_ceiling=2.5,
         growing_every=5,
-        flow_length=3.0,
-        flow_curvature=3.0,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),

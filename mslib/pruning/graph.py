@@ -43,14 +43,14 @@ class ChannelGraph:
         _refuse_example(self.model, example)
         self.weights = {n: Weight.named(n, t.detach()) for n, t in named_tensors(self.model)}
         self.notes = Notes()
-        self._trace(self.notes, self.weights)
+        self._refuse_unreached(self._trace(self.notes, self.weights))
         self._settle()
         self._probe_all()
 
     # ---- tracing ----
 
-    def _trace(self, notes: Notes, weights: dict[str, Weight]) -> None:
-        """Run a copy without numbers, with weights of the shapes in `weights`; fill `notes`."""
+    def _trace(self, notes: Notes, weights: dict[str, Weight]) -> set[str]:
+        """Run a copy with the shapes of `weights`, and fill `notes`; the names of those it used."""
         model = meta_copy(self.model, {name: w.data.shape for name, w in weights.items()})
         known = {id(t): weights[name] for name, t in named_tensors(model)}
         for name, ids in notes.depthwise.items():  # of a network that is cut
@@ -70,7 +70,7 @@ class ChannelGraph:
         for tensor in tensors_in(out):
             if id(tensor) in tracer.values:
                 notes.keep(tracer.values[id(tensor)].ids, "it is an output of the network")
-        self._refuse_unreached(tracer.touched)
+        return tracer.touched
 
     def _refuse_unreached(self, touched: set[str]) -> None:
         """A layer that the run did not use may be called in training: what it reads is unknown."""
