@@ -90,7 +90,7 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished, tiny):
     }:
         assert f"{board['top-1 %'][name]:.2f}" in done.stdout and name in done.stdout
         assert board["MACs left %"][name] <= (100 if name in whole else 36.97)
-    assert {"GReg-2: fine-tuned", "feature flow, by stage: fine-tuned"} <= set(board.index)
+    assert {"GReg-2: fine-tuned", "feature flow: fine-tuned"} <= set(board.index)
     assert ms.stage("05_finetune", cfg).rows.epochs.unique().tolist() == [6]
 
 

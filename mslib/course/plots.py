@@ -431,12 +431,16 @@ def moments(values: Values, names: Sequence[str], title: str, unit: str) -> None
     last = len(names) - 1
     ends = sorted((tops[last], method) for method, tops in values.items())
     span = max(map(max, values.values())) - min(map(min, values.values()))
-    height = -np.inf
-    for end, method in ends:
+    heights: list[float] = []  # of the labels, which do not lie on one another
+    for end, _ in ends:
+        heights.append(max(end, heights[-1] + span / 14) if heights else end)
+    shift = sum(heights) / len(ends) - sum(end for end, _ in ends) / len(ends)
+    for height, (end, method) in zip(heights, ends):
         ink = color(method)
         ax.plot(values[method], "o-", color=ink, ms=5)
-        height = max(end, height + span / 14)  # labels that do not lie on one another
-        ax.text(last + 0.06, height, f"{method}  {end:.1f}", color=ink, va="center", fontsize=9)
+        place: Any = dict(color=ink, va="center", fontsize=9)
+        ax.text(last + 0.06, height - shift, f"{method}  {end:.1f}", **place)
+    ax.set_ylim(top=max(ax.get_ylim()[1], heights[-1] - shift + span / 12))
     ax.set_xticks(range(len(names)), names)
     ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
 
