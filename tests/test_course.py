@@ -35,6 +35,7 @@ TINY = dict(
     sparse_epochs=1,
     finetune_epochs=1,
     reduction=0.6303,
+    growing_epochs=1,
     global_strength=0.02,
     masked_strength=0.05,
 )
