@@ -119,7 +119,7 @@ def test_readmes_sweep_at_full_ends_at_the_macs_asked_for(finished, tiny):
     for lesson in list(NEEDS)[1:6]:
         made += [read_json(p) for p in ms.stage(lesson, cfg).path.rglob("settings.json")]
     assert {m["schedule"] for m in made} == {"step"}
-    assert sorted(m["epochs"] for m in made) == [1] * 7 + [4, 6]
+    assert sorted(m["epochs"] for m in made) == [1] * 10 + [4, 6]
 
 
 def test_finished_lessons_become_a_reference(finished, tiny, tmp_path, monkeypatch):
