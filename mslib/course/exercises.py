@@ -5,13 +5,14 @@ An exercise is a function of ours, what it is tried on, and what a wrong result 
 hint that a reader gets who is stuck.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 
+from ..penalties.flow import measure
+from ..training.schedules import learning_rates
 from .results import half_width
 
 Case = tuple[Any, ...]  # the arguments of one call
@@ -148,10 +149,7 @@ def shared_keep(keeps: list[torch.Tensor]) -> torch.Tensor:
 @exercise((0, 10, 0.1), (1, 100, 0.05), (50, 100, 1.0), (99, 100, 0.2))
 def one_cycle(t: int, steps: int, top: float) -> float:
     """Compare (t + 1) / (0.2 * steps) with 1; the cosine gets π times (t / steps - 0.2) / 0.8."""
-    rise = (t + 1) / (0.2 * steps)
-    if rise < 1:
-        return top * rise
-    return top * (1 + math.cos(math.pi * (t / steps - 0.2) / 0.8)) / 2
+    return float(learning_rates(top, steps)[t])
 
 
 # ---- 06 · growing regularization ---------------------------------------------------------------
@@ -179,10 +177,8 @@ def grow(factors: torch.Tensor, keep: torch.Tensor, delta: float, ceiling: float
 def flow(features: list[torch.Tensor]) -> tuple[float, float]:
     """Length: the sum over l of the mean of |x[l+1] - x[l]|. Curvature: the same of the
     differences of neighbouring steps."""
-    steps = [after - before for before, after in zip(features, features[1:])]
-    bends = [after - before for before, after in zip(steps, steps[1:])]
-    length = sum(float(step.abs().mean()) for step in steps)
-    return length, sum(float(bend.abs().mean()) for bend in bends)
+    length, curvature = measure(features)
+    return float(length), float(curvature)
 
 
 # ---- 08 · comparing methods --------------------------------------------------------------------

@@ -15,8 +15,8 @@ class Penalty:
     """What `fit` does with a penalty beside adding its value. `a + b` does both."""
 
     def __call__(self) -> torch.Tensor:
-        """The value that is added to the cross-entropy, a scalar tensor."""
-        raise NotImplementedError
+        """The value that is added to the cross-entropy, a scalar tensor: each penalty says it."""
+        raise NotImplementedError(f"{type(self).__name__} needs a __call__ that returns its value")
 
     def step(self, iteration: int) -> None:
         """Called before each iteration."""

@@ -102,7 +102,7 @@ def flows(
     features, training = [], model.training
     device = next(model.parameters()).device
 
-    def keep(module, _, out):
+    def keep(module: nn.Module, _: Any, out: torch.Tensor) -> None:
         features.append(out.to("cpu", copy=True))
 
     try:

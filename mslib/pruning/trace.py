@@ -328,7 +328,7 @@ class Tracer(ShapesOnly):
             self.notes.add(ids, [self.values[id(t)].maker for t in labelled])
         try:
             dead, constant = self._numbers_of(func, args, kwargs, out.ndim)
-        except (RuntimeError, NotImplementedError):  # not for float64
+        except (RuntimeError, NotImplementedError):  # PyTorch has no such kernel for float64
             return False
         made = Value.of(torch.broadcast_tensors(ids, dead, constant))
         return self._label(out, made.compact(self.notes))
