@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mslib"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BELOW_THE_COURSE = [path for path in MODULES if "course" not in path.parts]
 OWN_CODE = [*MODULES, *sorted((ROOT / "tools").glob("*.py"))]
-MOST_LINES = 5765  # of all floors below the course, as they are; 2,600 is the aim: only lower it
+MOST_LINES = 5760  # of all floors below the course, as they are; 2,600 is the aim: only lower it
 
 # floor -> the floors that it may import, besides itself
 FLOORS = {

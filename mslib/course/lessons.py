@@ -158,8 +158,8 @@ def _following(path: Path, title: str, say: Say) -> Iterator[None]:
                         say(f"  {line}")
                     seen = log.tell()
 
-    # kernels inherit these: the log of their trainings, and memory kept from step to step
-    here = {"MSLIB_LOG": str(path), "MSLIB_KEEP_MEMORY": "1"}
+    # kernels inherit these: the log of their trainings, that nobody watches, memory kept
+    here = {"MSLIB_LOG": str(path), "MSLIB_BATCH": "1", "MSLIB_KEEP_MEMORY": "1"}
     before = {name: os.environ.get(name) for name in here}
     os.environ.update(here)
     say(f"{title}: running")

@@ -110,7 +110,7 @@ def slider(
     In a batch run, which nobody watches, the figure of `start` alone (default: in the middle).
     """
     start = values[len(values) // 2] if start is None else start
-    if "MSLIB_LOG" in os.environ:
+    if "MSLIB_BATCH" in os.environ:
         draw(start)
         return
     from ipywidgets import SelectionSlider, interact
@@ -149,7 +149,7 @@ def images(split: Split, classes: Sequence[str], title: str, each: int = 8) -> N
     rows = [found[:each] for found in rows]
     fig, axes = figure(title, 8, 0.62 * each + 0.7)
     grid = torch.stack(rows).permute(1, 3, 0, 4, 2).reshape(each * h, len(rows) * w, 3)
-    axes.imshow(grid, interpolation="nearest", aspect="auto")
+    axes.imshow(grid, interpolation="nearest")
     axes.set_xticks(np.arange(len(rows)) * w + w / 2 - 0.5, list(classes)[: len(rows)], rotation=30)
     axes.set_yticks([])
     axes.grid(False)
@@ -249,18 +249,20 @@ def gamma_paths(panels: Values, title: str, flags: np.ndarray) -> None:
 
 
 @style()
-def kept_channels(masks: Mapping[str, Tensor], title: str) -> None:
-    """How many channels each layer keeps of how many."""
+def kept_channels(masks: Mapping[str, Tensor], title: str, floor: float = 0.0) -> None:
+    """How many channels each block keeps of how many; `floor`: the least share, as a line."""
     _, ax = figure(title)
-    total = [len(keep) for keep in masks.values()]
+    total = np.array([len(keep) for keep in masks.values()])
     kept = [int(keep.sum()) for keep in masks.values()]
     x = np.arange(len(masks))
     ax.bar(x, total, color=COLORS["dropped"], alpha=0.35, label="dropped")
     ax.bar(x, kept, color=COLORS["kept"], label="kept")
-    ax.set_xticks(
-        x, [n.replace("stage", "s").replace(".bn", " bn") for n in masks], rotation=90, fontsize=7
-    )
-    ax.set(xlabel="BatchNorm layer, input to output", ylabel="channels")
+    if floor:
+        ax.step(x, floor * total, where="mid", color="black", ls=":", lw=1, label="floor")
+    blocks = [name.removeprefix("stage").removesuffix(".bn1") for name in masks]
+    ax.set_xticks(x, blocks, rotation=90, fontsize=8)
+    ax.set(xlabel="stage.block, input to output", ylabel="channels")
+    ax.grid(visible=False, axis="x")
     ax.legend()
 
 
@@ -300,29 +302,28 @@ def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
 
 @style()
 def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes:
-    """How values go from station to station, a labelled line each; nan where there is none.
+    """How values go from station to station, a line each; its end is labelled with its value.
 
-    `paths`: name of a line -> its values at the stations called `names`.
+    `paths`: name of a line -> its values at the stations called `names`; nan where there is none.
     """
-    _, ax = figure(title)
-    ys = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
-    spread = np.nanmax([*ys.values()], axis=0) - np.nanmin([*ys.values()], axis=0)
-    middle = np.nanmean([*ys.values()], axis=0)
-    for name, y in ys.items():
-        ax.plot(y, "o-", color=color(name))
-        at = int(np.where(np.isnan(y), -1, spread).argmax())  # where it is farthest from others
-        ax.annotate(
-            name,
-            (at, y[at]),
-            xytext=(0, 8) if y[at] >= middle[at] else (0, -16),
-            textcoords="offset points",
-            ha="center",
-            color=color(name),
-            fontweight="bold",
-        )
+    _, ax = figure(title, height=3.8)
+    last = len(names) - 1
+    lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
+    ends = sorted((line[last], name) for name, line in lines.items())
+    span = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
+    heights: list[float] = []  # of the labels, which do not lie on one another
+    for end, _ in ends:
+        heights.append(max(end, heights[-1] + span / 14) if heights else end)
+    shift = sum(heights) / len(ends) - sum(end for end, _ in ends) / len(ends)
+    for height, (end, name) in zip(heights, ends):
+        ink = color(name)
+        ax.plot(lines[name], "o-", color=ink, ms=5)
+        place: Any = dict(color=ink, va="center", fontsize=9, fontweight="bold")
+        place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
+        ax.text(last + 0.06, height - shift, f"{name}  {end:.1f}", **place)
+    ax.set_ylim(top=max(ax.get_ylim()[1], heights[-1] - shift + span / 12))
     ax.set_xticks(range(len(names)), list(names))
-    ax.margins(x=0.1, y=0.18)
-    ax.set(ylabel=unit)
+    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
     return ax
 
 
@@ -422,27 +423,6 @@ def magnitudes(sizes: Tensor, flags: Tensor, title: str, low: float = 1e-4) -> N
     ticks = range(int(np.floor(np.log10(low))), 1)
     ax.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     ax.set(xlabel="size of a filter, mean |W|", ylabel="filters")
-
-
-@style()
-def moments(values: Values, names: Sequence[str], title: str, unit: str) -> None:
-    """A line a method over the moments `names`, labelled at its end, its values at the others."""
-    _, ax = figure(title, height=3.8)
-    last = len(names) - 1
-    ends = sorted((tops[last], method) for method, tops in values.items())
-    span = max(map(max, values.values())) - min(map(min, values.values()))
-    heights: list[float] = []  # of the labels, which do not lie on one another
-    for end, _ in ends:
-        heights.append(max(end, heights[-1] + span / 14) if heights else end)
-    shift = sum(heights) / len(ends) - sum(end for end, _ in ends) / len(ends)
-    for height, (end, method) in zip(heights, ends):
-        ink = color(method)
-        ax.plot(values[method], "o-", color=ink, ms=5)
-        place: Any = dict(color=ink, va="center", fontsize=9)
-        ax.text(last + 0.06, height - shift, f"{method}  {end:.1f}", **place)
-    ax.set_ylim(top=max(ax.get_ylim()[1], heights[-1] - shift + span / 12))
-    ax.set_xticks(range(len(names)), names)
-    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
 
 
 @style()

@@ -198,9 +198,7 @@ class _Training:
                 "lr": self.rates[(epoch + 1) * self.steps - 1],
                 "loss": loss,
                 "penalty": extra,
-                "val_top1": math.nan
-                if self.val is None
-                else evaluate(self.model, self.val, precision=self.precision),
+                "val_top1": math.nan if self.val is None else evaluate(self.model, self.val),
                 "gamma_median": float(gammas.median()),
                 "gamma_below": float((gammas < 0.01).float().mean()),
             }
@@ -279,9 +277,7 @@ class _Training:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, split: Split | Iterable, batch_size: int = 500, precision: str = "fp32"
-) -> float:
+def evaluate(model: nn.Module, split: Split | Iterable, batch_size: int = 500) -> float:
     """Top-1 in percent of `model` on a `Split` or a DataLoader, in evaluation mode.
 
     Afterwards all of the network is in the mode that `model` was in.
@@ -291,8 +287,7 @@ def evaluate(
     correct = seen = 0
     model.eval()
     for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
+        correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
         seen += len(y)
     model.train(training)
     if not seen:
