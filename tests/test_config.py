@@ -266,13 +266,19 @@ def test_shares_of_layers_are_a_setting():
     assert ms.config("quick").layer_reduction == {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32}
 
 
-def test_decisions_name_the_best_and_what_is_level_with_it():
+def test_decisions_choose_on_held_out_images_and_report_test_images():
     tops = {"a": (90.0, 91.0, 92.0), "b": (88.0, 89.1, 89.9), "c": (89.9, 91.2, 91.6), "d": (50.0,)}
     rows = [(0.5, seed, m, t) for m, found in tops.items() for seed, t in enumerate(found)]
     table = pd.DataFrame(rows, columns=["reduction", "seed", "method", "end"])
-    row = ms.decisions(table[table.method != "d"], {"end": "a few epochs"}).iloc[0]
-    assert (row["use"], row["next best"], row["level with it"]) == ("a", "c", "c")
+    table["test"] = table.end - 1 + 3 * (table.method == "b")  # best, if one chose on test images
+    choice = {"a few epochs": ("end", "test")}
+    row = ms.decisions(table[table.method != "d"], choice).iloc[0]
+    assert (row["use"], row["next best"], row["top-1 %"]) == ("a", "c", 90)
     # the differences are 0.1, -0.2 and 0.4: mean 0.1, sd 0.3, t of two degrees of freedom 4.303
-    assert row["gain"] == "0.10 ± 0.75" and row["seeds"] == 3 and row["top-1 %"] == 91
-    alone = ms.decisions(table, {"end": "a few epochs"}).iloc[0]  # d has the first seed only
-    assert alone["gain"] == "0.10, one seed" and alone["level with it"] == "not known"
+    assert row["ahead by"] == "0.10 ± 0.75" and row["seeds"] == 3
+    # b: -1, -1.1 and -0.9, ± 0.25: as far apart on the other side
+    assert row["not separated"] == "c (0.1)"
+    alone = ms.decisions(table, choice).iloc[0]  # d has the first seed only
+    assert alone["ahead by"] == "0.10" and alone["not separated"] == "not known: one seed"
+    single = ms.decisions(table[table.method == "a"], choice).iloc[0]
+    assert single["use"] == "a" and not single["next best"] and not single["ahead by"]

@@ -300,6 +300,15 @@ def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
     ax.set_xlim(0, 1.1 * table[value].max())
 
 
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Where labels of these heights may stand: in the same order, at least `gap` from each other,
+    and on average where they belong."""
+    order, placed = np.argsort(heights), np.array(heights, dtype=float)
+    for below, above in zip(order, order[1:]):
+        placed[above] = max(placed[above], placed[below] + gap)
+    return (placed - placed.mean() + np.mean(heights)).tolist()
+
+
 @style()
 def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes:
     """How values go from station to station, a line each; its end is labelled with its value.
@@ -309,19 +318,16 @@ def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes
     _, ax = figure(title, height=3.8)
     last = len(names) - 1
     lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
-    ends = sorted((line[last], name) for name, line in lines.items())
-    span = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
-    heights: list[float] = []  # of the labels, which do not lie on one another
-    for end, _ in ends:
-        heights.append(max(end, heights[-1] + span / 14) if heights else end)
-    shift = sum(heights) / len(ends) - sum(end for end, _ in ends) / len(ends)
+    ends = [(line[last], name) for name, line in lines.items()]
+    span = float(np.nanmax([*lines.values()]) - np.nanmin([*lines.values()]))
+    heights = apart([end for end, _ in ends], span / 14)
     for height, (end, name) in zip(heights, ends):
         ink = color(name)
         ax.plot(lines[name], "o-", color=ink, ms=5)
         place: Any = dict(color=ink, va="center", fontsize=9, fontweight="bold")
         place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
-        ax.text(last + 0.06, height - shift, f"{name}  {end:.1f}", **place)
-    ax.set_ylim(top=max(ax.get_ylim()[1], heights[-1] - shift + span / 12))
+        ax.text(last + 0.06, height, f"{name}  {end:.1f}", **place)
+    ax.set_ylim(top=max(ax.get_ylim()[1], max(heights) + span / 12))
     ax.set_xticks(range(len(names)), list(names))
     ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
     return ax

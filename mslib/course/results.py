@@ -66,39 +66,44 @@ def scoreboard(stages: Iterable[Results]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def decisions(table: pd.DataFrame, afterwards: Mapping[str, str]) -> pd.DataFrame:
+def decisions(table: pd.DataFrame, afterwards: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
     """What to use, by reduction and by what one can afford after the cut.
 
-    table: a row a run, with the columns reduction, seed, method and one of top-1 (percent) for each
-        key of `afterwards`, whose values say what was afforded.
-    Methods are compared over the seeds that all of them have; the intervals hold 95 %.
+    table: a row a run, with the columns reduction, seed, method, and those named in `afterwards`.
+    afterwards: what is afforded -> the column of top-1 (percent) that chooses, on held-out images,
+        and the column that is reported, on test images.
+    Methods are compared over the seeds that all of them have; the intervals hold 95 %. With one
+    seed there are none.
 
-    Returns the columns MACs removed, afterwards, use (of the highest mean), top-1 %, next best,
-    gain (of the first over the second, with its interval), level with it (the methods whose
-    interval against the first holds zero: between them the table decides nothing), seeds.
+    Returns the columns MACs removed, afterwards, use (of the highest chosen mean), top-1 %
+    (reported), next best, ahead by (in points, reported, with its interval), not separated (methods
+    whose interval against the first holds zero, and by how many points they are behind), seeds.
     """
     rows = []
     for reduction, runs in table.groupby("reduction"):
-        for column, words in afterwards.items():
-            tops = runs.pivot_table(column, "seed", "method").dropna(axis=1, how="all").dropna()
-            if tops.shape[1] < 2 or tops.empty:
+        for words, (choosing, reported) in afterwards.items():
+            chosen, told = (
+                runs.pivot_table(column, "seed", "method").dropna(axis=1, how="all").dropna()
+                for column in (choosing, reported)
+            )
+            if chosen.empty:
                 continue
-            order = tops.mean().sort_values(ascending=False).index
-            best, second = order[:2]
-            behind = tops.rsub(tops[best], axis=0)  # of each method, seed by seed
-            reach = behind.apply(half_width)
-            level = [name for name in order[1:] if behind[name].mean() <= reach[name]]
-            told = f" ± {reach[second]:.2f}" if len(tops) > 1 else ", one seed"
+            best, *others = order = chosen.mean().sort_values(ascending=False).index
+            behind = told[order].rsub(told[best], axis=0)  # of each method, seed by seed
+            points, reach = behind.mean(), behind.apply(half_width)
+            close = [f"{m} ({points[m]:.1f})" for m in others if abs(points[m]) <= reach[m]]
+            several = len(told) > 1
+            lead = [f"{points[m]:.2f}" + f" ± {reach[m]:.2f}" * several for m in others[:1]]
             rows.append(
                 {
                     "MACs removed": f"{reduction:.0%}",
                     "afterwards": words,
                     "use": best,
-                    "top-1 %": round(tops[best].mean(), 2),
-                    "next best": second,
-                    "gain": f"{behind[second].mean():.2f}{told}",
-                    "level with it": ", ".join(level) if len(tops) > 1 else "not known",
-                    "seeds": len(tops),
+                    "top-1 %": round(told[best].mean(), 2),
+                    "next best": ", ".join(others[:1]),
+                    "ahead by": ", ".join(lead),
+                    "not separated": ", ".join(close) if several else "not known: one seed",
+                    "seeds": len(told),
                 }
             )
     return pd.DataFrame(rows)
