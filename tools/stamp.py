@@ -5,6 +5,8 @@ the pages show them between markers, such as <!-- bench --> and <!-- /bench -->;
 is made here.
 """
 
+import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -160,6 +162,66 @@ def _from(points: float) -> str:
     return f"{abs(points):.2f} points {'ahead of' if points > 0 else 'behind'}"
 
 
+# ---- the lessons ---------------------------------------------------------------------------------
+
+# lesson -> the question that it answers
+QUESTIONS = {
+    "00_start_here": "Why does one network die of a cut that another does not notice?",
+    "01_baseline": "What are we starting from?",
+    "02_global_sparsity": "Which channels could go, and so: which widths?",
+    "03_masked_regularization": "How does a network get ready for its cut?",
+    "04_pruning": "How are channels taken out?",
+    "05_finetune": "What is left of the differences after the repair?",
+    "06_growing_regularization": "Can a growing penalty move knowledge out of a filter?",
+    "07_feature_flow": "Can the features say which layers matter?",
+    "08_method_comparison": "Which method for which purpose?",
+    "09_your_own_network": "How do I do this with my network?",
+}
+LOGGED = re.compile(r"held-out top-1 [\d.]+ %, (\d+) s\b")  # the line that a training leaves
+TITLE = re.compile(r'"# (\d\d) · (.+?)\\n')
+MINUTES = re.compile(
+    r"(\*\*Minutes on two CPU cores:\*\* )\d+( \(drawn shapes[^)]*\))( · \d+ \(CIFAR-10\))?"
+)
+
+
+def minutes(notebook: str) -> int:
+    """What the trainings took whose lines are stored in a lesson's text, whole minutes, up."""
+    seconds = 0
+    for cell in json.loads(notebook)["cells"]:
+        lines = LOGGED.findall(json.dumps(cell.get("outputs", []), ensure_ascii=False))
+        seconds += sum(map(int, lines))
+    return max(1, math.ceil(seconds / 60))
+
+
+def _on_cifar() -> dict[str, int]:
+    """Number of a lesson -> minutes of training that the reference run took."""
+    return {s.lesson[:2]: max(1, round(s.minutes)) for s in reference().values()}
+
+
+def lessons() -> str:
+    """The table of lessons, with what their trainings took."""
+    rows = []
+    for lesson, question in QUESTIONS.items():
+        text = (ROOT / "notebooks" / f"{lesson}.ipynb").read_text(encoding="utf-8")
+        found = TITLE.search(text)
+        assert found, lesson
+        number, name = found.groups()
+        took = " · ".join(map(str, [minutes(text), *filter(None, [_on_cifar().get(number)])]))
+        rows.append((f"[{number} {name}](notebooks/{lesson}.ipynb)", question, took))
+    heads = ("lesson", "question", "minutes on two CPU cores: shapes · CIFAR-10")
+    return _markdown(heads, rows, numbers=False) + "\n"
+
+
+def _timed(text: str) -> str:
+    """A lesson whose head says what its stored trainings took."""
+    number = TITLE.search(text)
+    if not MINUTES.search(text) or not number:
+        return text
+    cifar = _on_cifar().get(number.group(1))
+    more = f" · {cifar} (CIFAR-10)" if cifar else ""
+    return MINUTES.sub(lambda found: f"{found[1]}{minutes(text)}{found[2]}{more}", text)
+
+
 # ---- networks and benchmarks ---------------------------------------------------------------------
 
 
@@ -205,6 +267,7 @@ def _markdown(heads: Iterable[str], rows: Iterable[Sequence[str]], numbers: bool
 
 # section -> what makes it; each stands in one place, in README or on a page of the site
 MADE: dict[str, Callable[[], str]] = {
+    "lessons": lessons,
     "figure": figure,
     "findings": findings,
     "results": results,
@@ -231,7 +294,7 @@ def stamped(text: str, up: str = "") -> str:
         made = MADE[found.group(2)]().replace("](data/", f"]({up}data/")
         return found.group(1) + made + found.group(4)
 
-    text = re.sub(PLACES, lambda found: found.group(1) + address(), text)
+    text = re.sub(PLACES, lambda found: found.group(1) + address(), _timed(text))
     return SECTION.sub(section, text)
 
 
