@@ -28,7 +28,7 @@ FLOORS = {
     "networks": {"files", "processes", "architectures"},
     "costs": {"files", "processes", "networks", "exports"},
     "exports": {"files", "processes", "networks"},
-    "pruning": {"files", "processes", "networks", "costs", "exports"},
+    "pruning": {"files", "processes", "data", "networks", "costs", "exports"},
     "penalties": {"files", "processes", "networks", "costs", "pruning", "training.schedules"},
     "training": {"files", "processes", "data", "networks", "costs"},
 }
