@@ -5,8 +5,9 @@
 Three floors, in the order in which one reads them:
 
 - `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
-  outgoing_norms, weight_norms; masks_below, masks_for_macs, masks_for_ratio, save_masks,
-  load_masks; prune, zero_masked.
+  outgoing_norms, weight_norms; taylor_scores, fpgm_scores, lamp_scores, hrank_scores,
+  ranked_scores; masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune,
+  zero_masked.
 - `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
   add up; Penalty is the base class of one's own.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
@@ -29,10 +30,12 @@ from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
+from .pruning.criteria import fpgm_scores, hrank_scores, lamp_scores, taylor_scores
 from .pruning.graph import ChannelGraph
 from .pruning.groups import channel_groups
 from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
+from .pruning.ranking import ranked_scores
 from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
 from .pruning.surgery import prune, zero_masked
 from .training.loop import evaluate, fit, recalibrate
@@ -76,7 +79,10 @@ __all__ = [
     "filter_norms",
     "fit",
     "flows",
+    "fpgm_scores",
     "gammas",
+    "hrank_scores",
+    "lamp_scores",
     "latency",
     "learning_rates",
     "load",
@@ -91,10 +97,12 @@ __all__ = [
     "outgoing_norms",
     "prune",
     "push",
+    "ranked_scores",
     "recalibrate",
     "resnet",
     "save",
     "save_masks",
+    "taylor_scores",
     "untrained",
     "vgg",
     "weight_norms",
