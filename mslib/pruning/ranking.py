@@ -45,7 +45,7 @@ def ranked_scores(
 
 def _sets(graph: ChannelGraph, scores: Scores, within: str) -> list[list[int]]:
     """The roots that are ranked together, of channels with a score, in the order of `scores`."""
-    key_of = {}
+    key_of: dict[int, tuple] = {}
     for (writers, norms, readers, _), roots in members(graph).items():
         kinds = tuple(_kinds(graph, names) for names in (writers, norms, readers))
         key = kinds if within == "structure" else (writers, norms, readers)

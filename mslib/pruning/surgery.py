@@ -105,7 +105,7 @@ def cut_optimizer_state(
             cut[key] = copy.deepcopy(value)
             if isinstance(value, torch.Tensor) and value.shape == p.shape:
                 cut[key] = _without(value, names[id(p)], slices, drop).clone()
-            elif not isinstance(value, (int, float, type(None))) and getattr(value, "ndim", 1):
+            elif isinstance(value, torch.Tensor | list | tuple | dict) and not _single(value):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key!r} of {names[id(p)]!r}, which is not "
                     "shaped like it and cannot be cut with it; begin anew after the cut"
@@ -158,6 +158,11 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
         layer.groups = int((~drop[ids]).sum())
     sync_widths(small)
     return small
+
+
+def _single(value: Any) -> bool:
+    """Whether `value` is a tensor of one number, such as a count of steps."""
+    return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
 def _slices(graph: ChannelGraph) -> dict[Any, torch.Tensor]:
