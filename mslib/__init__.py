@@ -5,16 +5,20 @@
 Three floors, in the order in which one reads them:
 
 - `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
-  outgoing_norms, weight_norms; masks_below, masks_for_macs, masks_for_ratio, save_masks,
-  load_masks; prune, zero_masked.
+  outgoing_norms, weight_norms; taylor_scores, fpgm_scores, lamp_scores, hrank_scores,
+  ranked_scores; masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune,
+  zero_masked, cut_optimizer_state.
 - `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
   add up; Penalty is the base class of one's own.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
 
+`recipes` join them: sensitivity; cut_schedule, prune_gradually.
+
 They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
-network, untrained, save, load), `costs` (cost, latency) and `exports` (export). Above them, loaded
-only when asked for, is the `course` (config, stage, require, data_of, image_folder, reference,
-published, scoreboard, decisions, tables, plots, diagrams, exercises).
+network, untrained, save, load), `costs` (cost, latency), `exports` (export, OnnxNetwork) and
+`quantization` (quantize). Above them, loaded only when asked for, is the `course` (config, stage,
+require, data_of, image_folder, reference, published, scoreboard, decisions, tables, plots,
+diagrams, exercises).
 """
 
 from importlib import import_module
@@ -23,18 +27,22 @@ from typing import Any
 from .costs import cost, latency
 from .data.sources import load_data, load_folder
 from .data.tensors import Data, Split, normalize
-from .exports import export
+from .exports import OnnxNetwork, export
 from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.base import HoldZero, Penalty
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
+from .pruning.criteria import fpgm_scores, hrank_scores, lamp_scores, taylor_scores
 from .pruning.graph import ChannelGraph
 from .pruning.groups import channel_groups
 from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
+from .pruning.ranking import ranked_scores
 from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
-from .pruning.surgery import prune, zero_masked
+from .pruning.surgery import cut_optimizer_state, prune, zero_masked
+from .quantization import quantize
+from .recipes import cut_schedule, prune_gradually, sensitivity
 from .training.loop import evaluate, fit, recalibrate
 from .training.runs import environment
 from .training.schedules import learning_rates
@@ -65,18 +73,24 @@ __all__ = [
     "GrowingL2",
     "HoldZero",
     "MaskedL1",
+    "OnnxNetwork",
     "PaddedShortcut",
     "Penalty",
     "Split",
     "channel_groups",
     "cost",
+    "cut_optimizer_state",
+    "cut_schedule",
     "environment",
     "evaluate",
     "export",
     "filter_norms",
     "fit",
     "flows",
+    "fpgm_scores",
     "gammas",
+    "hrank_scores",
+    "lamp_scores",
     "latency",
     "learning_rates",
     "load",
@@ -90,11 +104,16 @@ __all__ = [
     "normalize",
     "outgoing_norms",
     "prune",
+    "prune_gradually",
     "push",
+    "quantize",
+    "ranked_scores",
     "recalibrate",
     "resnet",
     "save",
     "save_masks",
+    "sensitivity",
+    "taylor_scores",
     "untrained",
     "vgg",
     "weight_norms",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .files import reason, replacing
+from .files import reason, regular, replacing
 from .networks import as_inputs, map_images, misfit, moved, tensors_in, unwrap
 
 
@@ -53,7 +53,7 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
             raise ValueError(
                 f"{type(model).__name__} cannot be exported to {path.suffix}: {reason(error)}"
             ) from error
-        off = _difference(found, wanted)
+        off = difference(found, wanted)
         if not off <= tolerance:
             raise ValueError(
                 f"{path}: its outputs are off by {off:.2g} of the largest, above "
@@ -62,7 +62,7 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     return off
 
 
-def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+def difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     """The largest difference, as a share of the largest value of its tensor; infinite if unlike."""
     if [t.shape for t in found] != [t.shape for t in wanted]:
         return math.inf
@@ -137,6 +137,32 @@ def feed(file: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     if any(t is None for t in found.values()) or next(tensors, None) is not None:
         raise ValueError(f"the file has the inputs {', '.join(names)}; the example has others")
     return {name: t.detach().cpu().numpy() for name, t in found.items()}
+
+
+class OnnxNetwork(nn.Module):
+    """An .onnx file as a network, for `evaluate` and others that call one: it runs in ONNX Runtime,
+    on the CPU, and does not train.
+
+    path: a file such as `export` and `quantize` write. Called with the file's inputs, tensors in
+    their order or by name; returns its output, or a tuple of several.
+    Raises FileNotFoundError, or ValueError for a file that ONNX Runtime cannot read.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        try:
+            self.file = session(regular(path))
+        except (OSError, ImportError):
+            raise
+        except Exception as error:  # ONNX Runtime raises kinds of its own
+            raise ValueError(f"{path} cannot be run by ONNX Runtime: {reason(error)}") from None
+        # where inputs are expected; a network without parameters would be nowhere
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        found = self.file.run(None, feed(self.file, args, kwargs))
+        tensors = tuple(torch.from_numpy(out) for out in found)
+        return tensors[0] if len(tensors) == 1 else tensors
 
 
 @contextmanager

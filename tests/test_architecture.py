@@ -28,9 +28,11 @@ FLOORS = {
     "networks": {"files", "processes", "architectures"},
     "costs": {"files", "processes", "networks", "exports"},
     "exports": {"files", "processes", "networks"},
-    "pruning": {"files", "processes", "networks", "costs", "exports"},
+    "quantization": {"files", "processes", "data", "networks", "exports"},
+    "pruning": {"files", "processes", "data", "networks", "costs", "exports"},
     "penalties": {"files", "processes", "networks", "costs", "pruning", "training.schedules"},
     "training": {"files", "processes", "data", "networks", "costs"},
+    "recipes": {"files", "processes", "data", "networks", "costs", "pruning", "training"},
 }
 
 

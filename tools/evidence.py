@@ -76,11 +76,8 @@ class Recovery:
     def uniform(self) -> Masks:
         """Every layer loses the same share, its filters of smallest L1 norm."""
         net = self.baseline()
-        scores = ms.filter_norms(net, self.data.example)
-        ranks = {}
-        for turn, (name, score) in enumerate(scores.items()):
-            ranks[name] = (score.argsort().argsort() + turn / len(scores)) / len(score)
-        return self.cut(net, ranks)
+        graph = ms.ChannelGraph(net, self.data.example)
+        return self.cut(net, ms.ranked_scores(graph, ms.filter_norms(graph)))
 
     def prepare(self, method: str) -> tuple[nn.Module, Masks]:
         """The network before the cut, and what will be cut."""

@@ -1,6 +1,6 @@
 """Images as tensors in memory or in batches from elsewhere: splits, augmentation, batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -167,3 +167,28 @@ def batches(
 
 def steps_per_epoch(split: Split | DataLoader, size: int) -> int:
     return max(1, len(split) // size) if isinstance(split, Split) else len(split)
+
+
+def sample(
+    split: Split | Iterable, images: int, size: int = 100, seed: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(float images, labels) in batches of `size`: `images` of a split drawn by `seed`, unchanged.
+
+    split: of a DataLoader, or an iterable of such batches, the first `images` are taken, in the
+    batches that it makes. Raises ValueError for a number below 1, or where there is no image.
+    """
+    if images < 1:
+        raise ValueError(f"images={images}: at least one is needed; a few hundred are usual")
+    if isinstance(split, Split):
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+        split = batches(split.subset(order[:images].to(split.labels.device)), size)
+    seen = 0
+    with torch.random.fork_rng(devices=[]):  # a DataLoader shuffles by the caller's generator
+        torch.default_generator.manual_seed(seed)
+        for x, y in split:
+            yield x[: images - seen], y[: images - seen]
+            seen += len(y)
+            if seen >= images:
+                return
+    if not seen:
+        raise ValueError("no image to look at: the split or DataLoader is empty")

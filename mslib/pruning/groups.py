@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from ..costs import cost
-from .graph import Network, as_graph
+from .graph import ChannelGraph, Network, as_graph
 from .labels import NO_CHANNEL
 
 
@@ -66,23 +66,28 @@ def channel_groups(model: Network, example: Any = None) -> Groups:
     `ChannelGraph`). Raises ValueError when the network cannot be traced.
     """
     graph = as_graph(model, example)
-    # root -> ({writers}, {norms}, {readers}), dictionaries for their order
-    touching: dict[int, tuple[dict, dict, dict]] = {}
-    for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
-        for name, ids in table.items():
-            for root in set(graph.root[ids].tolist()) - {NO_CHANNEL}:
-                touching.setdefault(root, ({}, {}, {}))[place][name] = None
-    members: dict[tuple, list[int]] = {}
-    for root, places in touching.items():
-        key = (*map(tuple, places), graph.reasons.get(root, ""))
-        members.setdefault(key, []).append(root)
     layers = cost(graph.model, graph.example).layers
     order = {name: i for i, name in enumerate(graph.outputs)}
     found = []
-    for (writers, norms, readers, reason), roots in members.items():
+    for (writers, norms, readers, reason), roots in members(graph).items():
         drop = torch.isin(graph.root, torch.tensor(roots))
         shares = graph.shares_left(drop)
         gone = round(sum(macs * (1 - shares.get(name, 1.0)) for name, macs in layers.items()))
         size = int(drop[graph.outputs[writers[0]]].sum()) if writers else len(roots)
         found.append(Group(size, writers, norms, readers, reason, gone))
     return Groups(sorted(found, key=lambda g: min((order[n] for n in g.writers), default=0)))
+
+
+def members(graph: ChannelGraph) -> dict[tuple, list[int]]:
+    """(writers, norms, readers, reason) -> roots of the channels that these modules share."""
+    # root -> ({writers}, {norms}, {readers}), dictionaries for their order
+    touching: dict[int, tuple[dict, dict, dict]] = {}
+    for place, table in enumerate((graph.outputs, graph.norms, graph.inputs)):
+        for name, ids in table.items():
+            for root in set(graph.root[ids].tolist()) - {NO_CHANNEL}:
+                touching.setdefault(root, ({}, {}, {}))[place][name] = None
+    found: dict[tuple, list[int]] = {}
+    for root, places in touching.items():
+        key = (*map(tuple, places), graph.reasons.get(root, ""))
+        found.setdefault(key, []).append(root)
+    return found

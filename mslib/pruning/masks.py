@@ -13,7 +13,7 @@ from ..costs import cost
 from ..files import nearest
 from .graph import ChannelGraph, Network, as_graph
 from .groups import short
-from .scores import Scores, gammas, shared_scores
+from .scores import Scores, check_scores, gammas, shared_scores
 
 log = logging.getLogger("mslib")
 NOTHING = "the network has no prunable BatchNorm; ms.channel_groups says why"
@@ -65,15 +65,12 @@ def masks_for_macs(
     scores the first go, layer by layer in turns.
 
     Raises ValueError for a reduction outside (0, 1) or out of reach, with the most that can be
-    reached, a floor outside [0, 1), a round_to below 1, or scores of unknown BatchNorms.
+    reached, a floor outside [0, 1), a round_to below 1, or scores that fit no BatchNorm.
     """
     _check_goal(reduction, floor, round_to)
     graph = as_graph(model, example)
     layers, free = cost(graph.model, graph.example).layers, gammas(graph, None, residual, keep)
-    for name in scores or ():
-        if name not in graph.norms:
-            hint = nearest(name, graph.norms)
-            raise ValueError(f"scores for {name!r}: the network has no such BatchNorm{hint}")
+    check_scores(graph, scores or {})
     chosen = _told_apart(free) if scores is None else scores
     chosen = {name: s for name, s in chosen.items() if scores is None or not keep or name in free}
     if not chosen:

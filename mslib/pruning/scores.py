@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import nearest
 from ..networks import batch_norms, unwrap
 from .graph import ChannelGraph, Network, as_graph
 
@@ -67,14 +68,29 @@ def outgoing_norms(
 
 def _sent(layer: Any, norm: Any) -> torch.Tensor:
     """What a layer, and the BatchNorm behind it, make of each channel read: float [channels]."""
-    size = _size(layer.weight)
-    size = size.flatten(2).sum(2) if size.ndim > 2 else size
-    groups = getattr(layer, "groups", 1)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [in, out / groups, …]
-        size = size.reshape(groups, -1, size.shape[1]).transpose(1, 2).flatten(0, 1)
-    # now [out, in / groups]
+    size = _matrix(layer, _size(layer.weight))
     passed = _passes(norm)[:, None] if norm is not None else 1.0
-    return (size * passed).reshape(groups, -1, size.shape[1]).sum(1).flatten() / len(size)
+    return _by_input(layer, size * passed) / len(size)
+
+
+def _matrix(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    """`values`, shaped like the weight, summed over the kernel: float [written, read / groups]."""
+    values = values.flatten(2).sum(2) if values.ndim > 2 else values
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [in, out / groups, …]
+        groups = values.reshape(layer.groups, -1, values.shape[1])
+        values = groups.transpose(1, 2).flatten(0, 1)
+    return values
+
+
+def _by_input(layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+    """Such a matrix, summed over what its layer writes: float [channels read]."""
+    groups = getattr(layer, "groups", 1)
+    return matrix.reshape(groups, -1, matrix.shape[1]).sum(1).flatten()
+
+
+def squares_read(layer: Any) -> torch.Tensor:
+    """Sum of W² of the weights that read each channel, float [channels read]."""
+    return _by_input(layer, _matrix(layer, _size(layer.weight).square()))
 
 
 def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:
@@ -96,12 +112,28 @@ def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> S
 
 def by_filter(layer: Any) -> torch.Tensor:
     """Mean |W| of each filter of a convolution or linear layer, float [channels written]."""
-    size = _size(layer.weight)
-    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return size.flatten(1).mean(1)
-    # [groups, in / groups, out / groups, …]
-    groups = size.reshape(layer.groups, -1, *size.shape[1:])
-    return groups.transpose(1, 2).flatten(2).mean(2).flatten()
+    return filters(layer).abs().mean(1)
+
+
+def filters(layer: Any) -> torch.Tensor:
+    """The weights of a convolution or linear layer, a filter a row: float [channels written, …]."""
+    weight = layer.weight.detach().float().cpu()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        # [groups, in / groups, out / groups, …]
+        groups = weight.reshape(layer.groups, -1, *weight.shape[1:])
+        weight = groups.transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
+
+
+def check_scores(graph: ChannelGraph, scores: Scores) -> None:
+    """ValueError for scores of a BatchNorm that the network lacks, or of another width."""
+    for name, s in scores.items():
+        if name not in graph.norms:
+            hint = nearest(name, graph.norms)
+            raise ValueError(f"scores for {name!r}: the network has no such BatchNorm{hint}")
+        if s.shape != graph.norms[name].shape:
+            found, wanted = list(s.shape), list(graph.norms[name].shape)
+            raise ValueError(f"scores for {name!r} have shape {found}; the layer has {wanted}")
 
 
 def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:

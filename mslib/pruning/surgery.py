@@ -1,5 +1,6 @@
 """Surgery: from a network and a keep-mask to a smaller network that computes the same."""
 
+import copy
 from typing import Any
 
 import torch
@@ -68,6 +69,53 @@ def zero_masked(
 
 
 @torch.no_grad()
+def cut_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    model: Network,
+    masks: dict[str, torch.Tensor],
+    example: Any = None,
+) -> dict[str, Any]:
+    """The optimizer's `state_dict` for `prune(model, masks, example)`: what it knows of each weight
+    that stays, such as its momentum.
+
+    Give it to an optimizer of the cut network that is made as the old one was:
+
+        small = ms.prune(graph, masks)
+        new = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9)
+        new.load_state_dict(ms.cut_optimizer_state(old, graph, masks))
+
+    optimizer: of parameters of `model`. masks, example: as of `prune`. The state is copied. A bias
+    that `fold_bias` gives to a layer without one is unknown to it: cut without it, or begin anew.
+    Raises ValueError for a parameter that the network lacks, or a state that is neither one number
+    nor shaped like its parameter.
+    """
+    graph = as_graph(model, example)
+    drop, slices = check_masks(graph, masks), _slices(graph)
+    names = {id(p): name for name, p in graph.model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = optimizer.state_dict()
+    for place, p in enumerate(parameters):
+        if id(p) not in names:
+            raise ValueError(
+                f"parameter {place} of the optimizer, {list(p.shape)}, is none of "
+                f"{type(graph.model).__name__}: give the optimizer that trains this very network"
+            )
+        cut = {}
+        for key, value in found["state"].get(place, {}).items():
+            cut[key] = copy.deepcopy(value)
+            if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                cut[key] = _without(value, names[id(p)], slices, drop).clone()
+            elif isinstance(value, torch.Tensor | list | tuple | dict) and not _single(value):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} of {names[id(p)]!r}, which is not "
+                    "shaped like it and cannot be cut with it; begin anew after the cut"
+                )
+        if cut:
+            found["state"][place] = cut
+    return found
+
+
+@torch.no_grad()
 def _silenced(
     graph: ChannelGraph, drop: torch.Tensor, keep_bias: bool, shared: bool = False
 ) -> nn.Module:
@@ -93,16 +141,12 @@ def _own(model: nn.Module) -> dict[int, torch.Tensor]:
 def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None) -> nn.Module:
     """A copy of `model` (default: the graph's) without the ids in `drop`."""
     model = graph.model if model is None else model
-    biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}  # folded ones, too
-    slices = biases | graph.notes.slices
+    slices = _slices(graph)
     sources = {f"{n}.source": graph.source_left(n, drop) for n in graph.notes.copies}
     made = {}  # id of a parameter or buffer -> its smaller copy; tied ones stay tied
     for name, tensor in named_tensors(model):
         smaller = sources[name].to(tensor.device) if name in sources else tensor.detach()
-        for axis in range(tensor.ndim):
-            gone = drop[slices.get((name, axis), NOTHING)].to(tensor.device)
-            if gone.any():
-                smaller = smaller.index_select(axis, (~gone).nonzero().flatten())
+        smaller = _without(smaller, name, slices, drop)
         if name in sources or smaller.shape != tensor.shape:
             is_parameter = isinstance(tensor, nn.Parameter)
             made[id(tensor)] = (
@@ -114,6 +158,28 @@ def _cut(graph: ChannelGraph, drop: torch.Tensor, model: nn.Module | None = None
         layer.groups = int((~drop[ids]).sum())
     sync_widths(small)
     return small
+
+
+def _single(value: Any) -> bool:
+    """Whether `value` is a tensor of one number, such as a count of steps."""
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _slices(graph: ChannelGraph) -> dict[Any, torch.Tensor]:
+    """(name of a parameter or buffer, axis) -> the ids along it; also of biases by folding."""
+    biases = {(f"{layer}.bias", 0): ids for layer, ids in graph.outputs.items()}
+    return biases | graph.notes.slices
+
+
+def _without(
+    tensor: torch.Tensor, name: str, slices: dict[Any, torch.Tensor], drop: torch.Tensor
+) -> torch.Tensor:
+    """`tensor`, shaped like the parameter or buffer `name`, without the ids in `drop`."""
+    for axis in range(tensor.ndim):
+        gone = drop[slices.get((name, axis), NOTHING)].to(tensor.device)
+        if gone.any():
+            tensor = tensor.index_select(axis, (~gone).nonzero().flatten())
+    return tensor
 
 
 def _fold(graph: ChannelGraph, modules: dict[str, Any], drop: torch.Tensor) -> None:
