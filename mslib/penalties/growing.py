@@ -115,10 +115,9 @@ class GrowingL2(Penalty):
         judging = max(1, updates // 3)
         pull = rates[: judging * every] / (1 - MOMENTUM)  # what r = 1 takes off log |W|, each time
         common = min(ceiling, exponent / float((pull * torch.linspace(0, 1, len(pull))).sum()))
-        left = max(ceiling - common, 1e-3 * ceiling)  # the dropped ones grow from where all stood
         return {
             "every": every,
-            "delta": left / (updates - judging),
+            "delta": max(ceiling - common, 1e-3 * ceiling) / (updates - judging),  # from `common`
             "ceiling": ceiling,
             "pick_ceiling": common,
             "pick_delta": common / judging,
@@ -194,8 +193,7 @@ class GrowingL2(Penalty):
         if name in self.ratios:  # smoothed, as in the released code
             ratio = 0.9 * self.ratios[name] + 0.1 * ratio
         self.ratios[name] = ratio
-        # a sum of many δ misses the ceiling by rounding: without the margin, one δ too many
-        if ratio >= s["enough"] or float(factor.max()) >= s["ceiling"] * (1 - 1e-5):
+        if ratio >= s["enough"] or float(factor.max()) >= s["ceiling"] * (1 - 1e-5):  # rounding
             self.held[name] = True
 
     def _remember(self, iteration, sizes, masks):
