@@ -126,10 +126,12 @@ def test_a_stage_depends_on_its_own_and_earlier_settings(tmp_path):
 def test_lessons_06_to_09_depend_on_what_they_read():
     cfg = ms.config("quick")
     phases = {"epochs", "sparse_epochs", "sparse_lr", "finetune_epochs", "finetune_lr"}
-    assert phases | {"growing_exponent", "layer_reduction"} <= cfg.up_to(6).keys()
-    assert phases | {"flow_length", "layer_reduction"} <= cfg.up_to(7).keys()
+    six = {"growing_exponent", "layer_reduction", "masked_strength"}
+    assert phases | six <= cfg.up_to(6).keys()
+    assert phases | {"flow_length", "floor"} <= cfg.up_to(7).keys()
+    assert not six & cfg.up_to(7).keys()
     for lesson in (6, 7):
-        assert not {"global_strength", "masked_strength", "method"} & cfg.up_to(lesson).keys()
+        assert not {"global_strength", "method"} & cfg.up_to(lesson).keys()
     assert "growing_ceiling" not in cfg.up_to(7)
     assert {"method", "masked_strength", "finetune_lr", "flow_length"} <= cfg.up_to(8).keys()
     assert not {"flow_curvature", "layer_reduction"} & cfg.up_to(8).keys()

@@ -255,11 +255,35 @@ def growing() -> None:
     left.set_ylabel("penalty factor r")
 
 
+@style()
+def common_penalty() -> None:
+    """Two weights of one size under one penalty: what is left tells their curvature (GReg-2)."""
+    title = "Both weights are 1; under the same penalty the one that matters less shrinks more"
+    _, (left, right) = figure(title, 10, 3.0, columns=2)
+    w, r = np.linspace(0, 2, 100), np.linspace(0, 3, 100)
+    cases = [
+        (2.0, "steep: h = 2", COLORS["kept"], (0.45, 0.45)),
+        (0.3, "flat: h = 0.3", COLORS["dropped"], (0.02, 0.2)),
+    ]
+    for h, name, ink, spot in cases:
+        left.plot(w, h * (w - 1) ** 2 / 2, color=ink, lw=2)
+        right.plot(r, h / (h + r), color=ink, lw=2)
+        _text(left, *spot, name, color=ink, ha="left", fontweight="bold")
+        _text(right, 3.05, h / (h + 3), name, color=ink, ha="left", fontweight="bold")
+    left.plot([1], [0], "o", color=INK)
+    left.set(xlabel="weight w", ylabel="loss, ½ h (w − 1)²", xticks=[0, 1, 2], yticks=[0])
+    right.set(xlabel="common penalty factor r", ylabel="what is left, w = h / (h + r)")
+    right.set(xlim=(0, 4.1), ylim=(0, 1.05), xticks=[0, 1, 2, 3], yticks=[0, 1])
+
+
+PHASES = {"pick": "#f7e6c4", "grow": "#ffffff", "hold": "#ececec"}  # ground behind a phase
+
+
 def _phases(ax: Axes, shares: dict[str, float]) -> None:
     """Bands behind a curve over the training: name -> share of its time."""
     start = 0.0
-    for i, (name, share) in enumerate(shares.items()):
-        ax.axvspan(start, start + share, color="#f1f1f1" if i % 2 else "#ffffff", zorder=0)
+    for name, share in shares.items():
+        ax.axvspan(start, start + share, color=PHASES[name], zorder=0)
         _text(ax, start + share / 2, 1.24, name, 9.5, fontweight="bold")
         start += share
     ax.set(xlim=(0, 1), ylim=(-0.04, 1.36), xlabel="training", xticks=[], yticks=[0, 1])

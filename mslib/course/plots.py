@@ -268,23 +268,60 @@ def kept_channels(masks: Mapping[str, Tensor], title: str, floor: float = 0.0) -
 
 @style()
 def trajectories(flows: Mapping[str, list[list[Tensor]]], title: str) -> None:
-    """The way of the first image through each stage, in the plane of its two main directions.
+    """The way of the first image through each stage, from where it starts, a point a block.
 
-    `flows`: name -> what `ms.flows` returns.
+    Along the straight line to its end, and away from that line: both are lengths in the space of
+    the features, over their mean size in this stage. `flows`: name -> what `ms.flows` returns.
     """
-    _, axes = figure(title, columns=len(next(iter(flows.values()))))
+    stretches = len(next(iter(flows.values())))
+    _, axes = figure(title, columns=stretches, sharex=True, sharey=True)
     axes = np.atleast_1d(axes)  # one stretch makes one axis
     for s, ax in enumerate(axes):
-        ways = {
-            name: torch.stack(stretches[s])[:, 0].flatten(1) for name, stretches in flows.items()
-        }  # [layers, features]
-        points = torch.cat(list(ways.values()))
-        directions = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2]
-        for name, way in ways.items():
-            ax.plot(*(way @ directions.T).T, "o-", ms=4, color=color(name), label=name)
-        ax.set(title=f"stage {s + 1}", xlabel="first main direction", ylabel="second")
-        ax.set_aspect("equal", "datalim")
+        for name, stages in flows.items():
+            way = torch.stack(stages[s])[:, 0].flatten(1).float()  # [layers, features]
+            moved = (way - way[0]) / way.norm(dim=1).mean()
+            straight = moved[-1] / moved[-1].norm()
+            along = moved @ straight
+            away = (moved - along[:, None] * straight).norm(dim=1)
+            ax.plot(along, away, "o-", ms=4, color=color(name))
+            if s == 0:  # the colours say it in the others
+                top = int(away.argmax())
+                looks: Any = dict(color=color(name), fontweight="bold", ha="center")
+                spot = (float(along[top]), float(away[top]))
+                ax.annotate(name, spot, (0, 6), textcoords="offset points", **looks)
+        ax.plot(0, 0, "s", ms=9, color=COLORS["published"], zorder=3)
+        ax.set(title=f"stage {s + 1}", xlabel="along the straight line")
+    axes[0].annotate("start", (0, 0), (8, -3), textcoords="offset points")
+    axes[0].set(ylabel="away from that line", ylim=(-0.05, axes[0].get_ylim()[1] + 0.05))
+
+
+@style()
+def block_profiles(
+    panels: Mapping[str, Values], blocks: Sequence[str], title: str, outside: str = ""
+) -> list[Axes]:
+    """Bars over the blocks, panels below one another on one axis; returns the axes.
+
+    `panels`: label of the y axis -> name of a network -> its values, one a block, nan where there
+    is none: there `outside` says why.
+    """
+    fig, whole = figure(title, 8, 1.2 + 2 * len(panels))
+    whole.remove()
+    axes = np.atleast_1d(fig.subplots(len(panels), 1, sharex=True))
+    x = np.arange(len(blocks))
+    for ax, (label, values) in zip(axes, panels.items()):
+        wide = 0.8 / len(values)
+        for i, (name, heights) in enumerate(values.items()):
+            ax.bar(x + (i + 0.5) * wide - 0.4, heights, wide, color=color(name), label=name)
+        for block in np.flatnonzero(np.isnan(np.asarray(heights, dtype=float))):
+            ax.axvspan(block - 0.5, block + 0.5, color="#eeeeee", zorder=0)
+            middle: Any = dict(rotation=90, ha="center", va="center", fontsize=8)
+            ax.text(block, 0.5, outside, transform=ax.get_xaxis_transform(), **middle)
+        ax.set_ylabel(label)
+        ax.grid(visible=False, axis="x")
     axes[0].legend()
+    axes[-1].set_xticks(x, blocks, rotation=90, fontsize=8)
+    axes[-1].set(xlabel="stage.block, input to output", xlim=(-0.6, len(blocks) - 0.4))
+    return [*axes]
 
 
 @style()
@@ -416,19 +453,25 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
 
 
 @style()
-def magnitudes(sizes: Tensor, flags: Tensor, title: str, low: float = 1e-4) -> None:
-    """Histogram of the filters' sizes [filters], kept (`flags`) and dropped apart."""
-    _, ax = figure(title, height=3.0)
-    values = sizes.clamp(min=low).log10().numpy()
-    bins = np.linspace(np.log10(low), 0, 60)
-    for flag, label in ((True, "kept"), (False, "dropped")):
-        chosen = values[flags.numpy() == flag]
-        ax.hist(chosen, bins=bins, color=COLORS[label], alpha=0.7)
-        place = dict(xytext=(0.02, 0.88 if flag else 0.76), textcoords="axes fraction")
-        ax.annotate(f"{label}: {len(chosen)} filters", (0, 0), color=COLORS[label], **place)
-    ticks = range(int(np.floor(np.log10(low))), 1)
-    ax.set_xticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
-    ax.set(xlabel="size of a filter, mean |W|", ylabel="filters")
+def filter_sizes(
+    panels: Mapping[str, tuple[Sequence[int], Tensor]], flags: Tensor, title: str
+) -> None:
+    """Median and 5–95 % band of the filters' sizes over a training, kept and dropped apart.
+
+    `panels`: name -> steps, and the sizes at each, [steps, filters]. `flags`: True for kept.
+    """
+    _, axes = figure(title, columns=len(panels), sharey=True)
+    for ax, (name, (steps, sizes)) in zip(np.atleast_1d(axes), panels.items()):
+        for flag, label in ((True, "kept"), (False, "dropped")):
+            chosen, steps = sizes[:, flags.cpu() == flag].numpy(), np.asarray(steps)
+            low, middle, high = np.quantile(chosen, [0.05, 0.5, 0.95], axis=1)
+            ax.plot(steps, middle, color=COLORS[label])
+            ax.fill_between(steps, low, high, color=COLORS[label], alpha=0.2, lw=0)
+            place: Any = dict(textcoords="offset points", ha="right", fontweight="bold")
+            ax.annotate(label, (steps[-1], low[-1]), (0, -14), color=COLORS[label], **place)
+        ax.set(title=name, xlabel="step", yscale="log")
+        ax.margins(y=0.15)
+    np.atleast_1d(axes)[0].set_ylabel("size of a filter, mean |W|")
 
 
 @style()
@@ -452,13 +495,16 @@ def published(ax: Axes, value: float, text: str) -> None:
 
 @style()
 def dots(ours: Values, published: Values, title: str, unit: str) -> None:
-    """One labelled value a row, best on top: ours in the method's colour, published ones hollow."""
-    values = {**ours, **published}
+    """One value a row, best on top: ours filled, in the method's colour, published ones hollow."""
+    values = {**ours, **{f"{name}, published": value for name, value in published.items()}}
     names = sorted(values, key=lambda name: values[name])
     _, ax = figure(title, 8, 0.3 * len(names) + 1.2)
     for y, name in enumerate(names):
         ink = (color(name) or COLORS["dense"]) if name in ours else "none"
         ax.scatter(values[name], y, s=40, zorder=3, edgecolor=COLORS["published"], color=ink)
+        place: Any = dict(textcoords="offset points", va="center", fontsize=8)
+        ax.annotate(f"{values[name]:+.2f}".replace("-", "−"), (values[name], y), (8, 0), **place)
     ax.axvline(0, color=COLORS["dense"], lw=1)
     ax.set_yticks(range(len(names)), names)
+    ax.margins(x=0.12)
     ax.set(xlabel=unit)

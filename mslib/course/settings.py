@@ -90,11 +90,11 @@ class Config(BaseModel):
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ", gt=0, le=1000)
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9,), gt=0, lt=1)
     floor: float = _setting(
-        0.125, 2, "share of its channels that each layer keeps at least", also=(9,), ge=0, lt=1
+        0.125, 2, "share of its channels that each layer keeps at least", also=(7, 9), ge=0, lt=1
     )
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(
-        2e-2, 3, "λ of the penalty on the masked-out γ", also=(8,), gt=0, le=1000
+        2e-2, 3, "λ of the penalty on the masked-out γ", also=(6, 8), gt=0, le=1000
     )
     finetune_epochs: int = _setting(4, 5, "after the cut", also=(6, 7, 8), gt=0, le=10_000)
     finetune_lr: float = _setting(
@@ -104,7 +104,6 @@ class Config(BaseModel):
         {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
         6,
         "share of the filters to remove in each layer of a stage",
-        also=(7,),
     )
     growing_epochs: int | None = _setting(
         None, 6, "with a growing penalty; None: sparse_epochs", also=(8,), gt=0, le=10_000

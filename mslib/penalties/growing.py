@@ -35,7 +35,7 @@ class GrowingL2(Penalty):
 
     Give one of the two:
     masks (GReg-1, section 3.2): what is to go is known. Every `every` iterations r of the dropped
-        filters grows by `delta`, layer by layer, until it is above `ceiling` or the kept filters
+        filters grows by `delta`, layer by layer, until it has reached `ceiling` or the kept filters
         are `enough` times as large as the dropped ones; then it is held. `start=ceiling` is full
         strength from the first iteration.
     reduction (GReg-2, section 3.3): r of *all* filters grows by `pick_delta` until it is
@@ -117,7 +117,7 @@ class GrowingL2(Penalty):
         common = min(ceiling, exponent / float((pull * torch.linspace(0, 1, len(pull))).sum()))
         return {
             "every": every,
-            "delta": ceiling / (updates - judging),
+            "delta": max(ceiling - common, 1e-3 * ceiling) / (updates - judging),  # from `common`
             "ceiling": ceiling,
             "pick_ceiling": common,
             "pick_delta": common / judging,
@@ -193,7 +193,7 @@ class GrowingL2(Penalty):
         if name in self.ratios:  # smoothed, as in the released code
             ratio = 0.9 * self.ratios[name] + 0.1 * ratio
         self.ratios[name] = ratio
-        if ratio >= s["enough"] or float(factor.max()) > s["ceiling"]:
+        if ratio >= s["enough"] or float(factor.max()) >= s["ceiling"] * (1 - 1e-5):  # rounding
             self.held[name] = True
 
     def _remember(self, iteration, sizes, masks):
