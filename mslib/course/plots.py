@@ -275,7 +275,8 @@ def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: st
         ax.plot(lost, before, "o", ms=9, color=ink)
         right = lost > 30  # a label to the left of its dot stays inside the frame
         looks: Any = dict(color=ink, fontweight="bold", ha="right" if right else "left")
-        ax.annotate(name, (lost, before), xytext=(-9 if right else 9, -9), **where, **looks)
+        place = (-9 if right else 9, 9 if before > baseline else -9)
+        ax.annotate(name, (lost, before), xytext=place, **where, **looks)
     ax.set_xscale("symlog", linthresh=1)
     ticks = (0, 1, 3, 10, 30, 100)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -347,7 +348,7 @@ def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes
     last = len(names) - 1
     lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
     ends = sorted((line[last], name) for name, line in lines.items())
-    span = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
+    span: float = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
     heights: list[float] = []  # of the labels, which do not lie on one another
     for end, _ in ends:
         heights.append(max(end, heights[-1] + span / 14) if heights else end)
