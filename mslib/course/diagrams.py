@@ -52,7 +52,7 @@ def _arrow(ax: Axes, start: Point, end: Point, ink: Any = INK, **looks: Any) -> 
 @style()
 def pipeline() -> None:
     """The map of the course: which lesson answers which question, and what it hands on."""
-    ax = _card("Three questions lead through the course", 10, 4)
+    ax = _card("Three questions lead through the course; a colour is a question", 10, 4)
     widths, weights, damage, every, none = FILLS
     line = [
         ("01", "Baseline", none, "trained\nnetwork"),
@@ -74,10 +74,15 @@ def pipeline() -> None:
             _arrow(ax, (x + 1.34, 2.62), (x + 2.09, 2.62))
             _text(ax, x + 1.72, 3.0, handed, 7.5, color=QUIET)
     for i, (number, name, question) in enumerate(more):
-        _lesson(ax, 1.15 + 2.11 * i, 0.1, number, name, question)
-    _text(ax, 0.55, 0.72, "other ways,\nand what\nthey are\nworth", 8.5, color=QUIET)
-    _arrow(ax, (0.77, 1.98), (1.13, 1.2), QUIET, connectionstyle="arc3,rad=0.2")
-    _text(ax, 1.25, 1.62, "the same trained network", 7.5, color=QUIET, ha="left")
+        x = 1.15 + 2.11 * i
+        _lesson(ax, x, 0.1, number, name, question)
+        if i < 2:  # both start again from the trained network
+            ax.plot([x + 0.66] * 2, [1.37, 1.66], color=QUIET, lw=1.2)
+            _arrow(ax, (x + 0.66, 1.5), (x + 0.66, 1.36), QUIET)
+        else:
+            _text(ax, x + 0.66, 1.5, ("all ways compared", "the recipe")[i - 2], 7.5, color=QUIET)
+    ax.plot([0.77, 0.77, 3.92], [1.98, 1.66, 1.66], color=QUIET, lw=1.2)
+    _text(ax, 2.35, 1.79, "two other ways, from the same trained network", 7.5, color=QUIET)
 
 
 def _lesson(ax: Axes, x: float, y: float, number: str, name: str, question: str) -> None:
@@ -91,7 +96,7 @@ def _lesson(ax: Axes, x: float, y: float, number: str, name: str, question: str)
 @style()
 def block() -> None:
     """A residual block: where one inner channel runs, and what is removed with it."""
-    title = "Removing one inner channel removes a filter, a γ, a β, and an input"
+    title = "One inner channel: a filter, a row of the BatchNorm, and an input of the next filters"
     ax, gone = _card(title, 10, 4), COLORS["dropped"]
     parts = [  # head, left side, width, what a channel has there, what of it is removed
         ("convolution 1", 1.0, 1.3, "filter {}", "one filter"),
@@ -125,10 +130,10 @@ def block() -> None:
     for start, end in ((0.45, 0.88), (7.72, 8.1), (8.9, 9.18), (9.45, 9.95)):
         _arrow(ax, (start, 1.6), (end, 1.6))
     _text(ax, 9.72, 1.78, "ReLU", 8)
-    for x in (0.3, 9.3):
-        looks: Any = dict(connectionstyle="angle,angleA=90,angleB=0,rad=8", arrowstyle="-")
-        _arrow(ax, (x, 1.78), (4.8, 3.3), QUIET, **looks)
-    words = "shortcut: the residual channels, shared by all blocks of a stage"
+    ax.plot([0.3, 0.3, 9.3], [1.78, 3.3, 3.3], color=QUIET, lw=1.2)
+    _arrow(ax, (9.3, 3.3), (9.3, 1.75), QUIET)
+    _text(ax, 8.5, 0.62, "dashed, orange:\ngoes with the channel", 8, color=gone)
+    words = "shortcut: the residual channels, shared by all blocks of one image size"
     _text(ax, 4.8, 3.45, words, 8.5, color=QUIET)
 
 

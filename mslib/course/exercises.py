@@ -101,11 +101,13 @@ def cut_inner(first: torch.Tensor, second: torch.Tensor, keep: torch.Tensor) -> 
 # ---- 01 · baseline -----------------------------------------------------------------------------
 
 
-@exercise((90.0, 2000), (50.0, 100), (99.0, 10_000))
-def standard_error(top1: float, images: int) -> float:
-    """The share p of n images has the standard error √(p(1 - p) / n); give it in points."""
-    share = top1 / 100
-    return 100 * (share * (1 - share) / images) ** 0.5
+@exercise((93.2, 92.4, 2000), (93.2, 92.4, 10_000), (93.2, 91.9, 2000), (40.0, 50.0, 400))
+def differ(one: float, other: float, images: int) -> bool:
+    """Add the variances p(1 - p) / n of both shares; compare the absolute difference of the shares
+    with twice the root of the sum."""
+    p, q = one / 100, other / 100
+    variance = (p * (1 - p) + q * (1 - q)) / images
+    return abs(p - q) > 2 * variance**0.5
 
 
 # ---- 02 · global sparsity ----------------------------------------------------------------------

@@ -199,34 +199,38 @@ def keep_flags(model: nn.Module, masks: Mapping[str, Tensor]) -> np.ndarray:
 def gamma_histograms(
     panels: Values,
     title: str,
-    flags: np.ndarray,
+    flags: np.ndarray | Mapping[str, np.ndarray],
     threshold: float | None = None,
     axes: Any = None,
+    log: bool = False,
 ) -> None:
-    """|γ| of the maskable channels, dropped on top of kept; the `threshold` in the last panel.
+    """|γ| of the maskable channels, dropped on top of kept; the `threshold` in every panel.
 
-    `panels`: name -> |γ|, float [channels]. `flags`: of `keep_flags`.
+    `panels`: name -> |γ|, float [channels]. `flags`: of `keep_flags`, one for all panels or one
+    for each name. `log`: a logarithmic axis; what lies below 1e-4 stands in its first bar.
     """
     if axes is None:
         _, axes = figure(title, columns=len(panels), sharey=True)
+    flags = flags if isinstance(flags, Mapping) else dict.fromkeys(panels, flags)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
-    top: float = max(np.nanmax(v[~np.isnan(flags)]) for v in values.values())
+    top: float = max(np.nanmax(v[~np.isnan(flags[name])]) for name, v in values.items())
+    bins = np.geomspace(1e-4, 1.1 * top, 40) if log else np.linspace(0, top, 50)
     kinds = {"kept": 1, "dropped": 0}
-    shown = [name for name, flag in kinds.items() if (flags == flag).any()]
+    shown = [kind for kind, flag in kinds.items() if any((f == flag).any() for f in flags.values())]
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
         ax.hist(
-            [gamma[flags == kinds[kind]] for kind in shown],
-            bins=np.linspace(0, top, 50),
+            [np.maximum(gamma[flags[name] == kinds[kind]], bins[0]) for kind in shown],
+            bins=bins,
             stacked=True,
-            color=[COLORS[kind] for kind in shown],
+            color=[COLORS[kind if len(shown) > 1 else "baseline"] for kind in shown],
             label=shown,
         )
-        ax.set(title=name, xlabel="|γ|")
-    if threshold:
-        ax.axvline(threshold, color="black", ls="--", lw=1, label=f"cut at {threshold:.2g}")
+        ax.set(title=name, xlabel="|γ|", xscale="log" if log else "linear")
+        if threshold:
+            ax.axvline(threshold, color="black", ls="--", lw=1, label=f"|γ| = {threshold:.2g}")
     np.atleast_1d(axes)[0].set_ylabel("channels")
     if len(shown) > 1:
-        np.atleast_1d(axes)[-1].legend()
+        np.atleast_1d(axes)[0 if log else -1].legend(loc="upper left" if log else "upper right")
 
 
 @style()
@@ -240,12 +244,46 @@ def gamma_paths(panels: Values, title: str, flags: np.ndarray) -> None:
         gamma = np.asarray(snapshots, dtype=float)
         for flag, label in ((1, "kept"), (0, "dropped")):
             low, middle, high = np.quantile(gamma[:, flags == flag], [0.05, 0.5, 0.95], axis=1)
-            ax.plot(middle, "o-", ms=3, color=COLORS[label], label=f"{label} (median)")
-            ax.fill_between(range(len(middle)), low, high, color=COLORS[label], alpha=0.2, lw=0)
+            ax.plot(middle, "o-", ms=3, color=COLORS[label], label=f"{label}: median")
+            band: Any = dict(color=COLORS[label], alpha=0.2, lw=0, label="90 % of the channels")
+            ax.fill_between(range(len(middle)), low, high, **band)
         ax.set(title=name, xlabel="epochs with the penalty")
         ax.xaxis.get_major_locator().set_params(integer=True)
     np.atleast_1d(axes)[0].set_ylabel("|γ|")
-    np.atleast_1d(axes)[-1].legend()
+    handles, labels = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    np.atleast_1d(axes)[0].figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize=9
+    )
+
+
+@style()
+def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: str) -> Axes:
+    """What a method pays: top-1 before the cut (upward) and the points lost at it (to the right).
+
+    `points`: name of a method, or of a λ of the global one -> top-1 before the cut and after it,
+    percent. `baseline`: top-1, the goal's height. The axis of the lost points is linear up to 1
+    and logarithmic beyond.
+    """
+    _, ax = figure(title, height=3.8)
+    ax.axhline(baseline, color=COLORS["baseline"], ls="--", lw=1)
+    ax.plot(0, baseline, "*", ms=15, color=COLORS["baseline"], zorder=3)
+    where: Any = dict(textcoords="offset points", va="center", fontsize=9)
+    ax.annotate("what we want", (0, baseline), xytext=(11, 9), **where)
+    ax.annotate("baseline", (10, baseline), xytext=(0, 7), ha="center", **where)
+    for name, (before, after) in points.items():
+        lost, ink = max(before - after, 0), color(name) or COLORS["global"]
+        ax.plot(lost, before, "o", ms=9, color=ink)
+        right = lost > 30  # a label to the left of its dot stays inside the frame
+        looks: Any = dict(color=ink, fontweight="bold", ha="right" if right else "left")
+        place = (-9 if right else 9, 9 if before > baseline else -9)
+        ax.annotate(name, (lost, before), xytext=place, **where, **looks)
+    ax.set_xscale("symlog", linthresh=1)
+    ticks = (0, 1, 3, 10, 30, 100)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set(xlim=(-0.2, 120), xlabel="points lost at the cut")
+    ax.set_ylabel("held-out top-1 before it (%)")
+    ax.margins(y=0.2)
+    return ax
 
 
 @style()
