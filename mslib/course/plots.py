@@ -347,7 +347,7 @@ def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes
     last = len(names) - 1
     lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
     ends = sorted((line[last], name) for name, line in lines.items())
-    span = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
+    span: float = np.nanmax([*lines.values()]) - np.nanmin([*lines.values()])
     heights: list[float] = []  # of the labels, which do not lie on one another
     for end, _ in ends:
         heights.append(max(end, heights[-1] + span / 14) if heights else end)
