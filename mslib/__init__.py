@@ -6,9 +6,10 @@ Three floors, in the order in which one reads them:
 
 - `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
   outgoing_norms, weight_norms; masks_below, masks_for_macs, masks_for_ratio, save_masks,
-  load_masks; prune, zero_masked.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
-  add up; Penalty is the base class of one's own.
+  load_masks; prune, zero_masked; widen, merge.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; DependencyL1; GrowingL2, Incremental,
+  Trainability; SoftFilter, SoftShrinkage, GroupEnvelope; FeatureFlow, flows; HoldZero. They add up;
+  Penalty is the base class of one's own.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
 
 They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
@@ -26,15 +27,22 @@ from .data.tensors import Data, Split, normalize
 from .exports import export
 from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.base import HoldZero, Penalty
+from .penalties.dependency import DependencyL1
+from .penalties.envelope import GroupEnvelope
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
+from .penalties.incremental import Incremental
+from .penalties.shrinkage import SoftShrinkage
+from .penalties.soft import SoftFilter
+from .penalties.trainability import Trainability
 from .pruning.graph import ChannelGraph
 from .pruning.groups import channel_groups
 from .pruning.maskfiles import load_masks, save_masks
 from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
 from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
 from .pruning.surgery import prune, zero_masked
+from .pruning.widening import merge, widen
 from .training.loop import evaluate, fit, recalibrate
 from .training.runs import environment
 from .training.schedules import learning_rates
@@ -60,14 +68,20 @@ _COURSE = {  # name -> the module of the course that has it
 __all__ = [
     "ChannelGraph",
     "Data",
+    "DependencyL1",
     "FeatureFlow",
     "GlobalL1",
+    "GroupEnvelope",
     "GrowingL2",
     "HoldZero",
+    "Incremental",
     "MaskedL1",
     "PaddedShortcut",
     "Penalty",
+    "SoftFilter",
+    "SoftShrinkage",
     "Split",
+    "Trainability",
     "channel_groups",
     "cost",
     "environment",
@@ -86,6 +100,7 @@ __all__ = [
     "masks_below",
     "masks_for_macs",
     "masks_for_ratio",
+    "merge",
     "network",
     "normalize",
     "outgoing_norms",
@@ -98,6 +113,7 @@ __all__ = [
     "untrained",
     "vgg",
     "weight_norms",
+    "widen",
     "zero_masked",
     *_COURSE,
 ]
