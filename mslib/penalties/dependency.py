@@ -67,11 +67,10 @@ class DependencyL1(Filters):
 
     def importance(self) -> Scores:
         """S of each channel by the name of its BatchNorm, with its gradient."""
-        device = self.readers[0][0].weight.device
-        total = torch.zeros(len(self.graph.root), device=device)
+        total = self.readers[0][0].weight.new_zeros(len(self.graph.root))
         for layer, roots in self.readers:
-            total = total.index_add(0, roots.to(device), _read(layer))
-        return {n: gamma.abs() * total[r.to(device)] for n, (gamma, r) in self.gammas.items()}
+            total = total.index_add(0, roots.to(total.device), _read(layer))
+        return {n: gamma.abs() * total[r.to(total.device)] for n, (gamma, r) in self.gammas.items()}
 
     @torch.no_grad()
     def sizes(self) -> Scores:

@@ -71,7 +71,7 @@ def spread(z: torch.Tensor, k: int, shrink: float) -> torch.Tensor:
 
     Σ u is piecewise linear in η: it is known at its corners, and between two of them.
     """
-    z = z.float().clamp(min=1e-20)
+    z = z.clamp(min=1e-20)
     corners = torch.cat([shrink / z, (1 + shrink) / z]).sort().values
     sums = (corners[:, None] * z - shrink).clamp(0, 1).sum(1)  # [corners], from 0 to groups
     i = torch.searchsorted(sums, torch.full_like(sums[:1], k)).clamp(1, len(sums) - 1)

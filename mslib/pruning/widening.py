@@ -36,6 +36,8 @@ def widen(
     wide = copied(model)
     known = {n: m for n, m in wide.named_modules() if type(m) is nn.Conv2d and m.groups == 1}
     known = {n: m for n, m in known.items() if n and not isinstance(_parent(wide, n)[0], Widened)}
+    if not known:
+        raise ValueError(f"{type(model).__name__} has no Conv2d without groups in it to widen")
     generator = torch.Generator().manual_seed(seed)
     for name in known if layers is None else [layers] if isinstance(layers, str) else layers:
         if name not in known:
@@ -59,11 +61,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _widened(conv: Any, factor: float, generator: torch.Generator) -> Widened:
     n_in, n_out = (max(n, round(factor * n)) for n in (conv.in_channels, conv.out_channels))
-    first, last = (
-        _rotation(many, few, generator).to(conv.weight.device)
-        for many, few in ((n_in, conv.in_channels), (n_out, conv.out_channels))
-    )
-    middle = torch.einsum("ab,bchw,dc->adhw", last, conv.weight.double(), first)
+    first = _rotation(n_in, conv.in_channels, generator)
+    last = _rotation(n_out, conv.out_channels, generator)
+    middle = torch.einsum("ab,bchw,dc->adhw", last, conv.weight.cpu().double(), first)
     parts = (first[..., None, None], middle, last.T[..., None, None])
     made = Widened(
         nn.Conv2d(conv.in_channels, n_in, 1, bias=False),
@@ -77,7 +77,7 @@ def _widened(conv: Any, factor: float, generator: torch.Generator) -> Widened:
 
 
 def _merged(wide: Any) -> nn.Conv2d:
-    first, middle, last = (layer.weight.double() for layer in wide)
+    first, middle, last = (layer.weight.cpu().double() for layer in wide)
     weight = torch.einsum("oa,abhw,bi->oihw", last.flatten(1), middle, first.flatten(1))
     made = _like(wide[1], weight, bias=wide[2].bias is not None)
     made.weight = nn.Parameter(weight.to(wide[1].weight), wide[1].weight.requires_grad)
