@@ -323,13 +323,14 @@ class Branched(nn.Module):
 def test_importance_counts_all_that_reads_a_channel():
     model = lively(Branched())
     penalty = ms.DependencyL1(model, EXAMPLE, over=10)
-    sums = {"norm2": model.up.weight.abs().sum((1, 2, 3))}
-    if "norm" in penalty.weights:  # channels that are read in groups
-        w = model.grouped.weight.abs()
-        sums["norm"] = torch.stack(
-            [w[3 * (i // 2) : 3 * (i // 2) + 3, i % 2].sum() for i in range(4)]
-        )
-    assert {"norm2"} <= sums.keys() == penalty.weights.keys()
+    w = model.grouped.weight.abs().sum(
+        (0, 2, 3)
+    )  # of both groups: what goes together counts as one
+    sums = {
+        "norm": torch.stack([w[0], w[1], w[0], w[1]]),
+        "norm2": model.up.weight.abs().sum((1, 2, 3)),
+    }
+    assert sums.keys() == penalty.weights.keys()
     for name, s in penalty.importance().items():
         assert torch.allclose(s, model.get_submodule(name).weight.abs() * sums[name])
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
@@ -449,11 +450,10 @@ def test_resumed_it_is_the_run_that_was_never_stopped(kind, tmp_path, monkeypatc
 
 
 LONGER = {
-    "soft": {"every": 10},
-    "asymptotic": {"every": 10, "over": 40},
+    "asymptotic": {"over": 40},
     "trainability": {"delta": 0.05},
     "dependency": {"over": 50, "delta": 2e-3, "every": 2, "threshold": 0.05},
-    "envelope": {"strength": 0.05},
+    "envelope": {"strength": 3.0},
 }
 
 
@@ -461,15 +461,19 @@ LONGER = {
 def test_it_does_to_a_network_what_it_promises(kind, data):
     torch.manual_seed(0)
     model = ms.resnet(8, len(data.classes))
-    penalty = make(kind, model, **LONGER.get(kind, {}))
+    epoch = math.ceil(len(data.train.labels) / 20)
+    often = {"every": epoch} if kind in ("soft", "asymptotic") else {}
+    penalty = make(kind, model, **LONGER.get(kind, {}) | often)
     history = ms.fit(model, data, epochs=6, lr=0.05, batch_size=20, penalty=penalty)
     sizes = penalty.sizes()
     kept = torch.cat([sizes[n][keep] for n, keep in penalty.masks.items()])
     dropped = torch.cat([sizes[n][~keep] for n, keep in penalty.masks.items()])
-    print(kind, kept.mean(), dropped.mean(), len(kept), len(dropped), history.loss.tolist())
-    assert kept.mean() > 5 * dropped.mean() and history.loss.iloc[-1] < 0.8 * history.loss[0]
+    assert kept.mean() > 5 * dropped.mean()
+    assert history.loss.iloc[-1] < history.loss[0] - 0.1  # it learns all the while
     if kind in ("soft", "asymptotic"):
         assert (dropped == 0).all() and (kept > 0).all()
+    if kind == "envelope":
+        assert (dropped == 0).float().mean() > 0.5 and (kept > 0).all()
     if kind == "dependency":
         assert 0.3 < len(dropped) / (len(kept) + len(dropped)) < 0.7
     if kind != "weights":

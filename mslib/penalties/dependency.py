@@ -16,18 +16,16 @@ from .filters import Filters
 
 
 class DependencyL1(Filters):
-    """λ·Σ_i S_i with S_i = |γ_i|·Σ|W|, summed over the weights W that read channel i.
+    """λ·Σ_i S_i with S_i = |γ_i|·Σ|W| over the weights W that read i, and what goes with it.
 
     Every `every` iterations P is the share of channels with S_i < threshold · (largest of a layer):
         λ <- max(0, λ - delta)   if P > share;
         λ <- λ + delta           if P grew by less than (share - P before) / (updates left).
-    share: wanted of the prunable inner channels, all layers together. over: iterations until then.
-    strength: λ, to begin with. `history`: [iteration, P, λ] of each update. `masks` keeps what is
-    not below the threshold; `sizes()` are the S_i, scores for `masks_for_macs`.
-
-    Only the paper's abstract could be checked: importance that includes the next layer, and a
-    strength steered toward the wanted sparsity. L1 of this product, the rule for λ and all settings
-    are ours. Raises ValueError for settings out of range.
+    share: wanted of all prunable inner channels. over: iterations until then. strength: λ at first.
+    `history`: [iteration, P, λ] of each update. `masks` keeps what is not below the threshold;
+    `sizes()` are the S_i, scores for `masks_for_macs`. Of the paper only the abstract was checked:
+    importance that includes the next layer, strength steered toward the wanted sparsity. L1 of the
+    product, the rule for λ and all settings are ours. Raises ValueError for settings out of range.
     """
 
     STATE = ("masks", "strength", "history")
@@ -52,25 +50,20 @@ class DependencyL1(Filters):
         self.history: list[list[float]] = []
 
     @cached_property
-    def gammas(self) -> dict[str, Any]:
-        """BatchNorm -> its γ, and the roots of its channels."""
-        found = {n: (self.graph.modules[n].weight, self.graph.norms[n]) for n in self.weights}
-        return {name: (gamma, self.graph.root[ids]) for name, (gamma, ids) in found.items()}
-
-    @cached_property
     def readers(self) -> list[tuple[Any, torch.Tensor]]:
         """The layers that read these channels, with the roots of what they read."""
-        chosen = torch.cat([roots for _, roots in self.gammas.values()])
         layers, root = self.graph.modules, self.graph.root
+        chosen = root[torch.cat([self.graph.norms[name] for name in self.weights])]
         read = [(layers[n], root[ids]) for n, ids in self.graph.inputs.items() if n in layers]
         return [(layer, roots) for layer, roots in read if torch.isin(roots, chosen).any()]
 
     def importance(self) -> Scores:
         """S of each channel by the name of its BatchNorm, with its gradient."""
-        total = self.readers[0][0].weight.new_zeros(len(self.graph.root))
+        total, graph = self.readers[0][0].weight.new_zeros(len(self.graph.root)), self.graph
         for layer, roots in self.readers:
             total = total.index_add(0, roots.to(total.device), _read(layer))
-        return {n: gamma.abs() * total[r.to(total.device)] for n, (gamma, r) in self.gammas.items()}
+        roots = {name: graph.root[graph.norms[name]].to(total.device) for name in self.weights}
+        return {name: graph.modules[name].weight.abs() * total[r] for name, r in roots.items()}
 
     @torch.no_grad()
     def sizes(self) -> Scores:
@@ -95,8 +88,11 @@ class DependencyL1(Filters):
         self.history.append([iteration, now, self.strength])
 
     def parameters(self) -> Iterable[torch.Tensor]:
-        yield from (gamma for gamma, _ in self.gammas.values())
-        yield from (layer.weight for layer, _ in self.readers)
+        layers = [
+            *(self.graph.modules[name] for name in self.weights),
+            *(m for m, _ in self.readers),
+        ]
+        return [layer.weight for layer in layers]
 
 
 def _read(layer: Any) -> torch.Tensor:

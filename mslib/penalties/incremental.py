@@ -24,9 +24,9 @@ class Incremental(Filters):
     A filter whose λ reaches `ceiling` is zero for good. When n are, the other λ are 0.
 
     reduction: the share to go, for all layers or by module, as in `masks_for_ratio`.
-    delta: A. u: how soon Δ falls, in (0, 1). The released code groups columns (here filters, of
-    inner channels only: ours); its settings for VGG-16 are A = 2.5e-4, ceiling 2.5, every 1; u = ¼
-    is ours. Those are for 10,000 iterations and more: a short run needs a larger A.
+    delta: A. u: how soon Δ falls, in (0, 1). A, ceiling and every are the released code's for
+    VGG-16, made for 10,000 iterations and more: a short run needs a larger A. u = ¼, and filters of
+    inner channels where that code takes columns, are ours.
 
     `masks` drops the n lowest of averaged rank; `factors` are the λ.
     Raises ValueError for settings out of range.
@@ -49,9 +49,8 @@ class Incremental(Filters):
         super().__init__(model, example, reduction, settings)
         if u >= 1:
             raise ValueError(f"u={u}: how soon the change falls with the rank, below 1, such as ¼")
-        self.factors = {name: torch.zeros(len(w)) for name, w in self.weights.items()}
+        self.factors, self.updates = {n: torch.zeros(len(w)) for n, w in self.weights.items()}, 0
         self.ranks = {name: torch.zeros(len(w)) for name, w in self.weights.items()}
-        self.updates = 0
 
     def change(self, left: int, wanted: int) -> torch.Tensor:
         """Δ for each rank, float [left], where `wanted` of those `left` are to go."""

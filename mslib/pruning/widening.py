@@ -87,16 +87,13 @@ def _merged(wide: Any) -> nn.Conv2d:
 
 def _like(conv: Any, weight: torch.Tensor, bias: bool) -> nn.Conv2d:
     """A convolution that moves over the image as `conv` does, of the widths of `weight`."""
-    how = (conv.stride, conv.padding, conv.dilation)
-    return nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, *how, 1, bias, conv.padding_mode
-    )
+    how = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1, bias, conv.padding_mode)
+    return nn.Conv2d(weight.shape[1], weight.shape[0], *how)
 
 
 def _rotation(many: int, few: int, generator: torch.Generator) -> torch.Tensor:
     """Q, float64 [many, few], with QᵀQ = 1."""
-    drawn = torch.randn(many, few, dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(drawn).Q
+    return torch.linalg.qr(torch.randn(many, few, dtype=torch.float64, generator=generator)).Q
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
