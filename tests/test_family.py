@@ -492,6 +492,32 @@ def test_a_filter_that_was_zero_comes_back():
     assert torch.equal(first, penalty.masks["stage1.0.bn1"])
 
 
+@torch.no_grad()
+def test_the_choice_is_renewed_at_its_time_alone():
+    model = lively8()
+    penalty, w = ms.SoftShrinkage(model, EXAMPLE, 0.5, every=3), model.stage1[0].conv1.weight
+    chosen = []
+    for i in range(4):
+        penalty.step(i)
+        penalty.proximal_step(0.1)
+        chosen.append(~penalty.masks["stage1.0.bn1"])
+        w[chosen[0]] = 10.0
+    assert torch.equal(chosen[1], chosen[0]) and torch.equal(chosen[2], chosen[0])
+    assert torch.equal(chosen[3], ~chosen[0])
+
+
+@torch.no_grad()
+def test_ranks_are_averaged_over_time():
+    model = lively8()
+    penalty, w = ms.Incremental(model, EXAMPLE, 0.5, delta=1e-3), model.stage1[0].conv1.weight
+    order = torch.arange(16.0)
+    for i, size in enumerate((1 + order, 1 + order, 17 - order)):
+        w[:] = size[:, None, None, None]
+        penalty.step(i)
+    assert torch.allclose(penalty.ranks["stage1.0.bn1"], (2 * order + (15 - order)) / 3)
+    assert torch.equal(penalty.masks["stage1.0.bn1"], order >= 8)
+
+
 def test_torch_pruning_chooses_the_same_channels():
     """SFP by L2, the others by L1 norm, of the layer that writes the channels."""
     model = lively8()
