@@ -7,9 +7,10 @@ Three floors, in the order in which one reads them:
 - `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
   outgoing_norms, weight_norms; taylor_scores, fpgm_scores, lamp_scores, hrank_scores,
   ranked_scores; masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune,
-  zero_masked, cut_optimizer_state.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; GrowingL2; FeatureFlow, flows; HoldZero. They
-  add up; Penalty is the base class of one's own.
+  zero_masked, cut_optimizer_state; widen, merge.
+- `penalties`: the methods. GlobalL1, MaskedL1, push; DependencyL1; GrowingL2, Incremental,
+  Trainability; SoftFilter, SoftShrinkage, GroupEnvelope; FeatureFlow, flows; HoldZero. They add up;
+  Penalty is the base class of one's own.
 - `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
 
 `recipes` join them: sensitivity; cut_schedule, prune_gradually.
@@ -30,9 +31,15 @@ from .data.tensors import Data, Split, normalize
 from .exports import OnnxNetwork, export
 from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.base import HoldZero, Penalty
+from .penalties.dependency import DependencyL1
+from .penalties.envelope import GroupEnvelope
 from .penalties.flow import FeatureFlow, flows
 from .penalties.gamma import GlobalL1, MaskedL1, push
 from .penalties.growing import GrowingL2
+from .penalties.incremental import Incremental
+from .penalties.shrinkage import SoftShrinkage
+from .penalties.soft import SoftFilter
+from .penalties.trainability import Trainability
 from .pruning.criteria import fpgm_scores, hrank_scores, lamp_scores, taylor_scores
 from .pruning.graph import ChannelGraph
 from .pruning.groups import channel_groups
@@ -41,6 +48,7 @@ from .pruning.masks import masks_below, masks_for_macs, masks_for_ratio
 from .pruning.ranking import ranked_scores
 from .pruning.scores import filter_norms, gammas, outgoing_norms, weight_norms
 from .pruning.surgery import cut_optimizer_state, prune, zero_masked
+from .pruning.widening import merge, widen
 from .quantization import quantize
 from .recipes import cut_schedule, prune_gradually, sensitivity
 from .training.loop import evaluate, fit, recalibrate
@@ -68,15 +76,21 @@ _COURSE = {  # name -> the module of the course that has it
 __all__ = [
     "ChannelGraph",
     "Data",
+    "DependencyL1",
     "FeatureFlow",
     "GlobalL1",
+    "GroupEnvelope",
     "GrowingL2",
     "HoldZero",
+    "Incremental",
     "MaskedL1",
     "OnnxNetwork",
     "PaddedShortcut",
     "Penalty",
+    "SoftFilter",
+    "SoftShrinkage",
     "Split",
+    "Trainability",
     "channel_groups",
     "cost",
     "cut_optimizer_state",
@@ -100,6 +114,7 @@ __all__ = [
     "masks_below",
     "masks_for_macs",
     "masks_for_ratio",
+    "merge",
     "network",
     "normalize",
     "outgoing_norms",
@@ -117,6 +132,7 @@ __all__ = [
     "untrained",
     "vgg",
     "weight_norms",
+    "widen",
     "zero_masked",
     *_COURSE,
 ]
