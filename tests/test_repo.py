@@ -129,6 +129,13 @@ def test_readme_is_short():
     assert len(re.findall(r"\w[\w.'’%-]*", prose)) <= 700  # what is longer has a page in site/
 
 
+def test_the_recipe_of_the_last_lesson_is_the_example_of_the_readme():
+    """One recipe, run by tests/test_wheel.py."""
+    recipe = re.search(r"```python\n.*?```", README, re.S).group(0)
+    cells = nbformat.read(LESSONS[-1], 4).cells
+    assert any(recipe in c.source for c in cells if c.cell_type == "markdown")
+
+
 def test_stamping_replaces_what_stands_between_the_markers(monkeypatch):
     monkeypatch.setitem(stamp.MADE, "bench", lambda: "new\n")
     text = "before <!-- bench -->\nold\n<!-- /bench --> after, <!-- other -->\nkept\n"

@@ -139,14 +139,15 @@ def block() -> None:
 
 # ---- 04 · pruning ------------------------------------------------------------------------------
 
-SHARED, INNER = COLORS["global"], COLORS["masked"]  # channels of a stage, of one block
+SHARED, INNER = COLORS["shared"], COLORS["inner"]  # channels of a stage, of one block
+CONSTANT = COLORS["dropped"]
 
 
-def _node(ax: Axes, x: float, y: float, text: str, fill: Any = "white", width: float = 1.3) -> None:
+def _node(ax: Axes, x: float, y: float, text: str, fill: Any = "white", width: float = 1.6) -> None:
     """A layer: a box with its centre at (x, y)."""
     round_corners = "round,pad=0,rounding_size=0.15"
     looks: Any = dict(fc=fill, ec=INK, lw=1, zorder=4)
-    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.45), width, 0.9, round_corners, **looks))
+    ax.add_patch(FancyBboxPatch((x - width / 2, y - 0.5), width, 1.0, round_corners, **looks))
     _text(ax, x, y, text, 8.5, color=INK if fill == "white" else "white", zorder=5)
 
 
@@ -159,8 +160,8 @@ def _strands(ax: Axes, way: list[Point], ink: Any, dropped: int = -1) -> None:
     # at a right angle the sum of both normals leads to the shifted corner
     turns = [aside[0], *(one + two for one, two in zip(aside, aside[1:])), aside[-1]]
     for strand in range(4):
-        x, y = (corners + 0.17 * (1.5 - strand) * np.array(turns)).T
-        dashed: Any = dict(ls=(0, (1.5, 1.2))) if strand == dropped else {}
+        x, y = (corners + 0.19 * (1.5 - strand) * np.array(turns)).T
+        dashed: Any = dict(ls=(0, (1.3, 1.3))) if strand == dropped else {}
         ax.plot(x, y, color=ink, lw=2, solid_capstyle="butt", zorder=2, **dashed)
 
 
@@ -168,29 +169,36 @@ def _strands(ax: Axes, way: list[Point], ink: Any, dropped: int = -1) -> None:
 def shared_channels() -> None:
     """A stage of two residual blocks: which channels the additions tie together, which are free."""
     title = "Additions tie the channels of a stage together; inner channels stand alone"
-    ax = _card(title, 9.5, 3.3)
-    ax.set(xlim=(0, 22.4), ylim=(0, 7.4))
-    low, high = 1.6, 4.9  # the residual stream; the branches of the blocks
-    where: Any = dict(ha="center", fontsize=9.5, color=INK, weight="bold")
-    _strands(ax, [(1, low), (21.5, low)], SHARED)
-    _arrow(ax, (21.5, low), (22.2, low), SHARED, mutation_scale=22)
-    _node(ax, 1.2, low, "conv")
-    _node(ax, 3.0, low, "bn", SHARED)
-    for number, left in enumerate((4.4, 13.1)):
-        conv1, bn1, conv2, bn2 = (left + step for step in (1.3, 3.0, 4.7, 6.4))
-        plus = left + 7.5
-        _strands(ax, [(left, low), (left, high), (conv1, high)], SHARED)
+    ax = _card(title, 10.5, 3.4)
+    ax.set(xlim=(0, 31.2), ylim=(0, 8.2))
+    low, high = 2.0, 5.3  # the residual stream; the branches of the blocks
+    where: Any = dict(ha="center", fontsize=9.5, weight="bold")
+    _strands(ax, [(1, low), (27.2, low)], SHARED)
+    _arrow(ax, (27.2, low), (28.2, low), SHARED, mutation_scale=22)
+    _node(ax, 1.1, low, "conv")
+    _node(ax, 3.4, low, "bn", SHARED)
+    ax.text(
+        29.8, low, "to the first\nlayer of the\nnext stage", **where | dict(fontsize=8, va="center")
+    )
+    for number, left in enumerate((5.2, 16.2)):
+        conv1, bn1, conv2, bn2 = (left + step for step in (1.5, 4.0, 6.5, 8.2))
+        plus = left + 9.7
+        _strands(ax, [(left, low + 0.4), (left, high), (conv1, high)], SHARED)
+        for shift in (-0.285, -0.095, 0.095, 0.285):  # each strand leaves its own line
+            ax.plot([left - shift] * 2, [low + shift, low + 0.4], color=SHARED, lw=2)
+            ax.plot(left - shift, low + shift, "o", ms=4, color=SHARED)
         _strands(ax, [(conv1, high), (conv2, high)], INNER, dropped=number + 1)
         _strands(ax, [(conv2, high), (plus, high), (plus, low)], SHARED)
         _node(ax, conv1, high, f"{number}.conv1")
         _node(ax, bn1, high, f"{number}.bn1", INNER)
-        _node(ax, conv2, high, f"{number}.conv2")
+        _node(ax, conv2, high, f"{number}.conv2", width=1.6)
         _node(ax, bn2, high, f"{number}.bn2", SHARED)
-        ax.add_patch(Circle((plus, low), 0.5, fc="white", ec=INK, zorder=4))
+        ax.add_patch(Circle((plus, low), 0.55, fc="white", ec=INK, zorder=4))
         ax.text(plus, low, "+", ha="center", va="center", fontsize=14, color=INK, zorder=5)
-        ax.text(bn1, high + 1.4, "inner channels", **where)
-        ax.text(bn1, high + 0.75, "the dashed one may go alone", ha="center", fontsize=9, color=INK)
-    ax.text(11.2, 0.45, "shared channels: they go from bn, 0.bn2 and 1.bn2, or from none", **where)
+        ax.text(bn1, high + 1.5, "inner channels", color=INNER, **where)
+        ax.text(bn1, high + 0.8, "the dashed one may go alone", ha="center", fontsize=9, color=INK)
+    words = "shared channels: they go from bn, 0.bn2 and 1.bn2, or from none"
+    ax.text(13.5, 0.6, words, color=SHARED, **where)
 
 
 def _map(ax: Axes, x: float, y: float, pattern: np.ndarray, edge: Any = INK) -> None:
@@ -204,29 +212,32 @@ def _map(ax: Axes, x: float, y: float, pattern: np.ndarray, edge: Any = INK) -> 
 @style()
 def folding() -> None:
     """Where the constant goes that a dropped channel still sends into the next convolution."""
-    ax = _card("Folding moves the constant of a dropped channel", 9.5, 3.5)
+    ax = _card("Folding moves the constant of a dropped channel into the next BatchNorm", 9.5, 3.5)
     ax.set(xlim=(0, 21), ylim=(0, 7.6))
     pixels = np.arange(36).reshape(6, 6)
     patterns = [pixels * 3 % 7 / 6, pixels * 5 % 4 / 3]
     where: Any = dict(fontsize=9, color=INK, va="center")
-    for left, heading in ((0.2, "before the cut"), (11.4, "after the cut, folded")):
+    for left, heading in ((0.2, "before the cut"), (11.4, "cut and folded")):
         ax.text(left + 0.4, 7.1, heading, fontsize=10.5, weight="bold", color=INK)
         for y, pattern in zip((5.8, 4.2), patterns):
             _map(ax, left + 1, y, pattern)
             _arrow(ax, (left + 1.7, y), (left + 3.1, 4.2 + (y - 4.2) * 0.2))
         _node(ax, left + 3.9, 4.2, "conv2", width=1.5)
-        _arrow(ax, (left + 4.7, 4.2), (left + 5.7, 4.2))
-    _node(ax, 7.4, 4.2, "bn2:  z − μ", width=2.9)
-    _node(ax, 18.6, 4.2, "bn2:  z − (μ − c)", SHARED, width=2.9)
-    _map(ax, 1.2, 2.0, np.full((6, 6), 0.5), SHARED)
-    _arrow(ax, (1.9, 2.0), (3.5, 3.65), SHARED, lw=2)
-    ax.text(4.1, 2.9, "adds the constant c = Σ W · relu(β)", **where)
+        _arrow(ax, (left + 4.7, 4.2), (left + 6.1, 4.2))
+        ax.text(left + 7.6, 5.2, "bn2 subtracts its mean", **where | dict(ha="center"))
+    for x, word in ((5.6, "z"), (16.8, "z − c")):
+        ax.text(x, 4.55, word, **where | dict(ha="center"))
+    _node(ax, 7.8, 4.2, "z − μ", width=2.9)
+    _node(ax, 19.3, 4.2, "(z − c) − (μ − c)", CONSTANT, width=3.3)
+    _map(ax, 1.2, 2.0, np.full((6, 6), 0.5), CONSTANT)
+    _arrow(ax, (1.9, 2.0), (3.5, 3.65), CONSTANT, lw=2)
+    ax.text(4.1, 2.9, "adds the constant\nc = Σ W · relu(β)", **where)
     ax.text(0.6, 0.8, "γ = 0: relu(β), the same for\nevery pixel and every image", **where)
-    _map(ax, 12.4, 2.0, np.zeros((6, 6)), SHARED)
+    _map(ax, 12.4, 2.0, np.zeros((6, 6)), CONSTANT)
     for ends in ([1.4, 2.6], [2.6, 1.4]):
-        ax.plot([11.8, 13.0], ends, color=SHARED, lw=2, zorder=5)
-    _arrow(ax, (13.2, 2.0), (18.6, 3.7), SHARED, lw=2, connectionstyle="arc3,rad=0.3")
-    ax.text(14.2, 0.8, "the constant moves into the mean\nthat bn2 subtracts", **where)
+        ax.plot([11.8, 13.0], ends, color=CONSTANT, lw=2, zorder=5)
+    _arrow(ax, (13.2, 2.0), (19.0, 3.65), CONSTANT, connectionstyle="arc3,rad=0.3", ls="--")
+    ax.text(13.6, 0.8, "the channel is gone; its constant\nis taken off the mean instead", **where)
 
 
 # ---- 06 · growing regularization -------------------------------------------------------------

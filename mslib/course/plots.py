@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data.tensors import Split
 from ..networks import batch_norms
-from ..pruning.groups import channel_groups
+from ..pruning.groups import Group
 from .stages import Results
 
 Values = Mapping[str, Any]  # name of a curve or a panel -> its values
@@ -56,7 +56,10 @@ COLORS = {
     "published": "#111111",
     "kept": _palette[0],
     "dropped": _palette[3],
+    "inner": _palette[0],  # channels of one block
+    "shared": "#7b5ea7",  # channels that an addition ties together
     "one-shot": _palette[5],
+    "repair only": _palette[5],  # lesson 05's one-shot
     "constant": _palette[7],
     "greg-1": _palette[9],
     "greg-2": _palette[6],
@@ -362,19 +365,6 @@ def block_profiles(
     return [*axes]
 
 
-@style()
-def bars(table: pd.DataFrame, title: str, value: str, unit: str) -> None:
-    """Horizontal bars of one column, a bar a network."""
-    _, ax = figure(title, 8, 0.42 * len(table) + 1.2)
-    y = np.arange(len(table))[::-1]
-    drawn = ax.barh(y, table[value], color=[color(n) or COLORS["dense"] for n in table.network])
-    ax.bar_label(drawn, fmt="{:,.2f}", padding=3, fontsize=8)
-    ax.set_yticks(y, table.network)
-    ax.grid(visible=False, axis="y")
-    ax.set(xlabel=unit)
-    ax.set_xlim(0, 1.1 * table[value].max())
-
-
 def apart(heights: Sequence[float], gap: float) -> list[float]:
     """Where labels of these heights may stand: in the same order, at least `gap` from each other,
     and on average where they belong."""
@@ -408,33 +398,29 @@ def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes
     return ax
 
 
-MARKS = {"writers": (">", "writes"), "norms": ("s", "scales"), "readers": ("o", "reads")}
-
-
 @style()
-def groups(model: nn.Module, example: Tensor, title: str) -> None:
-    """Which layers of `model` touch which group of channels: a row a layer, a column a group."""
-    found = channel_groups(model, example)
-    touched = {n for g in found for n in (*g.writers, *g.norms, *g.readers)}
-    layers = [name for name, _ in model.named_modules() if name in touched]
-    _, ax = figure(title, 8, 0.2 * len(layers) + 1.5)
-    for column, g in enumerate(found):
-        rows = [layers.index(n) for n in (*g.writers, *g.norms, *g.readers)]
-        ink = COLORS["dense"]
-        if g.norms:
-            ink = COLORS["masked" if len(g.norms) == 1 else "global"]
-        ends = [min(rows), max(rows)]
-        ax.plot([column] * 2, ends, color=ink, alpha=0.35, lw=5, solid_capstyle="round")
-        for kind, (mark, word) in MARKS.items():
-            ys = [layers.index(n) for n in getattr(g, kind)]
-            looks = dict(marker=mark, s=34, color=ink, edgecolor="white", zorder=3)
-            ax.scatter([column] * len(ys), ys, **looks, label=word if column == 0 else None)
-    ax.set_yticks(range(len(layers)), layers, fontsize=7)
-    ax.set_xticks(range(len(found)), [f"{g.size}" for g in found], fontsize=8)
-    colours = "orange: residual, blue: inner, grey: not maskable"
-    ax.set(xlabel=f"channels in the group (one column a group; {colours})")
-    ax.invert_yaxis()
-    ax.legend(loc="upper right", fontsize=8)
+def kept_groups(groups: Sequence[Group], cuts: Values, title: str, floor: float = 0.0) -> None:
+    """The share of its channels that each group keeps, a panel a cut; shared groups stand out.
+
+    groups: of `ms.channel_groups`. cuts: name -> masks. `floor`: the least share, as a line.
+    """
+    held = set.union(*(set(masks) for masks in cuts.values()))
+    found = [g for g in groups if held.intersection(g.norms)]
+    first = [next(n for n in g.norms if n in held) for g in found]
+    more = [f" + {len(g.norms) - 1} more" if len(g.norms) > 1 else "" for g in found]
+    inks = [COLORS["shared" if len(g.norms) > 1 else "inner"] for g in found]
+    columns = len(cuts)
+    _, axes = figure(title, 9, 0.25 * len(found) + 1.4, columns=columns, sharey=True, sharex=True)
+    for ax, (name, masks) in zip(np.atleast_1d(axes), cuts.items()):
+        shares = [100 * float(masks[norm].float().mean()) for norm in first]
+        ax.barh(range(len(found)), shares, color=inks)
+        if floor:
+            ax.axvline(100 * floor, color="black", ls=":", lw=1)
+        ax.grid(visible=False, axis="y")
+        ax.set(title=name, xlabel="channels kept (%)", xlim=(0, 100))
+    left = np.atleast_1d(axes)[0]
+    left.set_yticks(range(len(found)), [n + m for n, m in zip(first, more)], fontsize=8)
+    left.invert_yaxis()
 
 
 @style()

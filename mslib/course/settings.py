@@ -98,7 +98,7 @@ class Config(BaseModel):
     )
     finetune_epochs: int = _setting(4, 5, "after the cut", also=(6, 7, 8), gt=0, le=10_000)
     finetune_lr: float = _setting(
-        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8, 9), gt=0, le=100
+        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8), gt=0, le=100
     )
     layer_reduction: dict[str, Share] = _setting(
         {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
@@ -143,7 +143,6 @@ class Config(BaseModel):
     own_epochs: int = _setting(6, 9, "of its baseline", gt=0, le=10_000)
     own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline", gt=0, le=100)
     own_sparse_epochs: int = _setting(2, 9, "with the penalty", gt=0, le=10_000)
-    own_finetune_epochs: int = _setting(2, 9, "after the cut", gt=0, le=10_000)
     runs: str = Field(
         default_factory=lambda: os.environ.get("MSLIB_RUNS") or "runs",
         description="folder of all runs",
@@ -222,8 +221,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         finetune_epochs=2,
         finetune_lr=0.05,
         own_side=32,
-        own_epochs=4,
-        own_lr=0.03,
         own_sparse_epochs=3,
         growing_ceiling=2.5,
         growing_every=5,
