@@ -180,7 +180,7 @@ QUESTIONS = {
 LOGGED = re.compile(r"held-out top-1 [\d.]+ %, (\d+) s\b")  # the line that a training leaves
 TITLE = re.compile(r'"# (\d\d) · (.+?)\\n')
 MINUTES = re.compile(
-    r"(\*\*Minutes on two CPU cores:\*\* )\d+( \(drawn shapes[^)]*\))( · \d+ \(CIFAR-10\))?"
+    r"(\*\*Minutes on two CPU cores:\*\* )\d+( \(drawn shapes[^)]*\))( · \d+ \(CIFAR-10[^)]*\))?"
 )
 
 
@@ -218,7 +218,7 @@ def _timed(text: str) -> str:
     if not MINUTES.search(text) or not number:
         return text
     cifar = _on_cifar().get(number.group(1))
-    more = f" · {cifar} (CIFAR-10)" if cifar else ""
+    more = f" · {cifar} (CIFAR-10, the stored run)" if cifar else ""
     return MINUTES.sub(lambda found: f"{found[1]}{minutes(text)}{found[2]}{more}", text)
 
 
