@@ -480,22 +480,24 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
 def filter_sizes(
     panels: Mapping[str, tuple[Sequence[int], Tensor]], flags: Tensor, title: str
 ) -> None:
-    """Median and 5–95 % band of the filters' sizes over a training, kept and dropped apart.
+    """Filters over a training, each as a share of its first size: median and 5–95 % band, kept and
+    dropped apart.
 
     `panels`: name -> steps, and the sizes at each, [steps, filters]. `flags`: True for kept.
     """
     _, axes = figure(title, columns=len(panels), sharey=True)
     for ax, (name, (steps, sizes)) in zip(np.atleast_1d(axes), panels.items()):
         for flag, label in ((True, "kept"), (False, "dropped")):
-            chosen, steps = sizes[:, flags.cpu() == flag].numpy(), np.asarray(steps)
+            chosen = (sizes / sizes[:1])[:, flags.cpu() == flag].numpy()
             low, middle, high = np.quantile(chosen, [0.05, 0.5, 0.95], axis=1)
+            steps = np.asarray(steps)
             ax.plot(steps, middle, color=COLORS[label])
             ax.fill_between(steps, low, high, color=COLORS[label], alpha=0.2, lw=0)
             place: Any = dict(textcoords="offset points", ha="right", fontweight="bold")
             ax.annotate(label, (steps[-1], low[-1]), (0, -14), color=COLORS[label], **place)
-        ax.set(title=name, xlabel="step", yscale="log")
+        ax.set(title=name, xlabel="step (shaded: 90 % of the filters)", yscale="log")
         ax.margins(y=0.15)
-    np.atleast_1d(axes)[0].set_ylabel("size of a filter, mean |W|")
+    np.atleast_1d(axes)[0].set_ylabel("mean |W| of a filter, start = 1")
 
 
 @style()
