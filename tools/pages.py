@@ -29,13 +29,15 @@ GROUPS = {
     "pruning": ("Pruning", "How a network is cut."),
     "penalties": ("Penalties", "The methods. Penalties add up: `a + b` is a penalty too."),
     "training": ("Training", "How a network is trained and evaluated."),
+    "recipes": ("Recipes", "Pruning, training and evaluating in a loop."),
     "data": ("Data", "Where images come from."),
     "networks": ("Networks", "Networks of any width: made, saved and loaded."),
     "costs": ("Costs", "What a network costs in MACs and in time."),
     "exports": ("Exports", "Networks for use without `mslib`."),
     "course": ("Course", "What the lessons use. These need the extra `course`."),
 }
-MEMBERS = {"architectures": "networks"}  # module -> the group in which readers look for it
+# module -> the group in which readers look for it
+MEMBERS = {"architectures": "networks", "quantization": "exports"}
 
 
 def assemble(source: Path) -> None:
