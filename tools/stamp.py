@@ -200,13 +200,13 @@ def _on_cifar() -> dict[str, int]:
 
 def lessons() -> str:
     """The table of lessons, with what their trainings took."""
-    rows = []
+    rows, cifar = [], _on_cifar()
     for lesson, question in QUESTIONS.items():
         text = (ROOT / "notebooks" / f"{lesson}.ipynb").read_text(encoding="utf-8")
         found = TITLE.search(text)
         assert found, lesson
         number, name = found.groups()
-        took = " · ".join(map(str, [minutes(text), *filter(None, [_on_cifar().get(number)])]))
+        took = " · ".join(map(str, [minutes(text), *filter(None, [cifar.get(number)])]))
         rows.append((f"[{number} {name}](notebooks/{lesson}.ipynb)", question, took))
     heads = ("lesson", "question", "minutes on two CPU cores: shapes · CIFAR-10")
     return _markdown(heads, rows, numbers=False) + "\n"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..pruning.graph import ChannelGraph
-from ..pruning.scores import Scores
+from ..pruning.scores import Scores, by_channel_read
 from .filters import Filters
 
 
@@ -61,7 +61,9 @@ class DependencyL1(Filters):
         """S of each channel by the name of its BatchNorm, with its gradient."""
         total, graph = self.readers[0][0].weight.new_zeros(len(self.graph.root)), self.graph
         for layer, roots in self.readers:
-            total = total.index_add(0, roots.to(total.device), _read(layer))
+            total = total.index_add(
+                0, roots.to(total.device), by_channel_read(layer, layer.weight.abs())
+            )
         roots = {name: graph.root[graph.norms[name]].to(total.device) for name in self.weights}
         return {name: graph.modules[name].weight.abs() * total[r] for name, r in roots.items()}
 
@@ -93,12 +95,3 @@ class DependencyL1(Filters):
             *(m for m, _ in self.readers),
         ]
         return [layer.weight for layer in layers]
-
-
-def _read(layer: Any) -> torch.Tensor:
-    """Σ|W| over all that a layer multiplies each channel read by: float [channels read]."""
-    size = layer.weight.abs().flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight.abs()
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [in, out / groups, …]
-        return size.sum(1)
-    groups = getattr(layer, "groups", 1)  # [out, in / groups, …]
-    return size.reshape(groups, -1, size.shape[1]).sum(1).flatten()

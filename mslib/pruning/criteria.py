@@ -16,7 +16,7 @@ from ..data.tensors import Split, sample
 from ..files import reason
 from ..networks import copied
 from .graph import ChannelGraph, Network, as_graph
-from .scores import Scores, filters, squares_read
+from .scores import Scores, by_channel_read, filters
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 TINY = torch.finfo(torch.float32).tiny
@@ -161,7 +161,9 @@ def _squares(graph: ChannelGraph) -> torch.Tensor:
     for name, ids in graph.inputs.items():
         # a depthwise convolution reads what it writes: its weights count once
         if isinstance(graph.modules.get(name), LAYERS) and name not in graph.notes.depthwise:
-            total.index_add_(0, graph.root[ids], squares_read(graph.modules[name]))
+            weight = graph.modules[name].weight.detach().float().cpu()
+            read = by_channel_read(graph.modules[name], weight.square())
+            total.index_add_(0, graph.root[ids], read)
     return total
 
 

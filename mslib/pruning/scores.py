@@ -73,6 +73,11 @@ def _sent(layer: Any, norm: Any) -> torch.Tensor:
     return _by_input(layer, size * passed) / len(size)
 
 
+def by_channel_read(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    """`values`, shaped like the weight, summed for each channel read: float [channels read]."""
+    return _by_input(layer, _matrix(layer, values))
+
+
 def _matrix(layer: Any, values: torch.Tensor) -> torch.Tensor:
     """`values`, shaped like the weight, summed over the kernel: float [written, read / groups]."""
     values = values.flatten(2).sum(2) if values.ndim > 2 else values
@@ -86,11 +91,6 @@ def _by_input(layer: Any, matrix: torch.Tensor) -> torch.Tensor:
     """Such a matrix, summed over what its layer writes: float [channels read]."""
     groups = getattr(layer, "groups", 1)
     return matrix.reshape(groups, -1, matrix.shape[1]).sum(1).flatten()
-
-
-def squares_read(layer: Any) -> torch.Tensor:
-    """Sum of W² of the weights that read each channel, float [channels read]."""
-    return _by_input(layer, _matrix(layer, _size(layer.weight).square()))
 
 
 def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:
