@@ -230,7 +230,9 @@ def tab(chromium, address):
     asked, contexts = [], []
 
     def opened(width=1400, **kwargs):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, **kwargs))
+        size = {"width": width, "height": 900}
+        # no transitions: half-way between two themes a colour has the contrast of neither
+        contexts.append(chromium.new_context(viewport=size, reduced_motion="reduce", **kwargs))
         contexts[-1].set_default_timeout(60_000)  # of a busy machine
         page = contexts[-1].new_page()
         page.on("request", lambda request: asked.append(request.url))
