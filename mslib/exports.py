@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .files import reason, regular, replacing
 from .networks import as_inputs, map_images, misfit, moved, tensors_in, unwrap
@@ -38,9 +38,16 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     model = copy.deepcopy(model).cpu().eval()
     args, kwargs = moved(as_inputs(example), "cpu")
     try:
-        wanted = tensors_in(model(*args, **kwargs))
+        out = model(*args, **kwargs)
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(misfit(model, example, error)) from error
+    wanted = tensors_in(out)
+    plain = [leaf for leaf in tree_leaves(out) if isinstance(leaf, (bool, int, float, str))]
+    if plain and path.suffix == ".onnx":
+        raise ValueError(
+            f"{type(model).__name__} returns {plain[0]!r} beside its tensors, and an .onnx file "
+            "holds tensors alone: return it as a tensor, leave it out, or export to .pt2"
+        )
     with replacing(path) as beside:
         write = _write_onnx if path.suffix == ".onnx" else _write_pt2
         try:
@@ -49,10 +56,12 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
                 found = tensors_in(write(model, args, kwargs, beside))
         except (OSError, ImportError):
             raise
-        except Exception as error:  # the exporters raise many kinds
-            raise ValueError(
-                f"{type(model).__name__} cannot be exported to {path.suffix}: {reason(error)}"
-            ) from error
+        except Exception as error:  # the exporters raise many kinds, the cause at the root
+            root: BaseException = error
+            while root.__cause__:
+                root = root.__cause__
+            refused = f"{type(model).__name__} cannot be exported to {path.suffix}"
+            raise ValueError(f"{refused}: {reason(root)}") from error
         off = difference(found, wanted)
         if not off <= tolerance:
             raise ValueError(

@@ -19,6 +19,8 @@ def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_pa
     small = dict(depth=14, seed=[0], reduction=[0.8], epochs=1, prepare=1, repairs=[1, 2])
     file.write_text(yaml.safe_dump(yaml.safe_load(PROTOCOL.read_text()) | small))
     words = [str(file), "--runs", str(tmp_path / "runs")]
+    evidence.main([*words, "--methods", "global"])
+    assert set(pd.read_csv(tmp_path / "recovery.csv").method) == {"global"}
     evidence.main(words)
     table = pd.read_csv(tmp_path / "recovery.csv", dtype={"station": str})
     whole = table[(table.images == 1) & ~table.taught].groupby("method").station.agg(list)

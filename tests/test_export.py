@@ -88,6 +88,35 @@ def test_a_forward_of_any_arguments_is_exported(tmp_path):
     assert torch.export.load(tmp_path / "any.pt2").module()(other).shape == (5, 4, 8, 8)
 
 
+class Also(nn.Conv2d):
+    """Returns something of another kind beside its image."""
+
+    beside: object = None
+
+    def forward(self, x):
+        return {"image": super().forward(x), "more": [self.beside]}
+
+
+@pytest.mark.parametrize("beside", [3.5, 7, "map", True])
+def test_onnx_holds_tensors_alone(beside, tmp_path):
+    model = Also(3, 4, 1)
+    assert ms.export(model, tmp_path / "none.onnx", IMAGE) < 1e-4  # None is left out
+    model.beside = beside
+    with pytest.raises(ValueError, match=f"Also returns {beside!r} beside its tensors.*export to"):
+        ms.export(model, tmp_path / "also.onnx", IMAGE)
+    assert not (tmp_path / "also.onnx").exists()
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    class Sorted(nn.Conv2d):
+        def forward(self, x):
+            return torch.linalg.eigvals(super().forward(x)).real
+
+    with pytest.raises(ValueError, match="Sorted cannot be exported to .onnx: .*aten.linalg_eig"):
+        ms.export(Sorted(3, 3, 1), tmp_path / "sorted.onnx", IMAGE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_exports_that_are_refused(pruned, tmp_path):
     model, x = pruned
     with pytest.raises(ValueError, match="small.pth: the ending decides on the format; expected"):

@@ -11,6 +11,7 @@ import copy
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from mslib.data.tensors import steps_per_epoch
 from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
-UNPREPARED = ("one-shot", "scratch")
 METHODS = ("one-shot", "masked", "greg-1", "global", "masked-global", "greg-2", "flow")
+EVERY = (*METHODS, "scratch", "dense")
 DEEPER = ("one-shot", "masked", "greg-1")  # also with few images and with a teacher
 Masks = dict[str, torch.Tensor]
 
@@ -188,29 +189,30 @@ class Recovery:
             self.fit(net, total, self.runs / ("scratch" + "-taught" * taught), lr=s["lr"], **more)
             self.measure(net, "scratch", str(total), taught=taught)
 
-    def steps(self) -> Iterator[Any]:
-        """Everything that is measured, the most telling first."""
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """Everything that is measured, each with its method, the most telling first."""
         *early, last = self.s["repairs"]
         for method in METHODS:
-            yield lambda m=method: self.at_the_cut(m)
+            yield method, partial(self.at_the_cut, method)
             for epochs in early:
-                yield lambda m=method, e=epochs: self.repaired(m, e)
+                yield method, partial(self.repaired, method, epochs)
         for method in METHODS:
-            yield lambda m=method: self.repaired(m, last)
-        yield lambda: self.repaired("one-shot", self.s["prepare"] + last)
-        yield self.scratch
-        yield self.dense
+            yield method, partial(self.repaired, method, last)
+        yield "one-shot", partial(self.repaired, "one-shot", self.s["prepare"] + last)
+        yield "scratch", self.scratch
+        yield "dense", self.dense
         for method, share in itertools.product(DEEPER, self.s["few"]):
-            yield lambda m=method, i=share: self.repaired(m, 4, images=i)
+            yield method, partial(self.repaired, method, 4, images=share)
         for method, epochs in itertools.product(DEEPER, self.s["repairs"][1:]):
-            yield lambda m=method, e=epochs: self.repaired(m, e, taught=True)
-        yield lambda: self.scratch(taught=True)
+            yield method, partial(self.repaired, method, epochs, taught=True)
+        yield "scratch", partial(self.scratch, taught=True)
 
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="the YAML file of the protocol")
     parser.add_argument("--dataset", default="cifar10", help="as of ms.load_data")
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, help="only these")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(words)
@@ -224,8 +226,9 @@ def main(words: list[str] | None = None) -> None:
     for seed, reduction in itertools.product(settings["seed"], settings["reduction"]):
         point = settings | {"seed": seed, "reduction": reduction}
         began = time.monotonic()
-        for step in Recovery(point, data, table, options.runs).steps():
-            step()
+        for method, step in Recovery(point, data, table, options.runs).steps():
+            if method in options.methods:
+                step()
         print(
             f"seed {seed}, {reduction:.0%}: {(time.monotonic() - began) / 60:.0f} min", flush=True
         )

@@ -108,10 +108,19 @@ class Filters(Penalty):
         return self.weights.values()
 
 
+def conv_weights(graph: ChannelGraph) -> dict[str, Any]:
+    """The weight of each convolution, by its name."""
+    return {name: m.weight for name, m in graph.modules.items() if isinstance(m, nn.Conv2d)}
+
+
+def filter_weights(graph: ChannelGraph, norms: Iterable[str]) -> dict[str, Any]:
+    """The weight whose filters each of the BatchNorms `norms` stands behind, where there is one."""
+    convs, before = conv_weights(graph), graph.conv_before
+    return {norm: convs[before[norm]] for norm in norms if before.get(norm) in convs}
+
+
 def _weights(graph: ChannelGraph, unstructured: bool) -> dict[str, Any]:
-    convs = {name: m.weight for name, m in graph.modules.items() if isinstance(m, nn.Conv2d)}
-    before = {norm: graph.conv_before.get(norm) for norm in graph.prunable_norms()}
-    written = {norm: convs[name] for norm, name in before.items() if name in convs}
-    if not (unstructured or written):
+    there = conv_weights(graph) if unstructured else filter_weights(graph, graph.prunable_norms())
+    if not there:
         raise ValueError(NOTHING)
-    return convs if unstructured else written
+    return there

@@ -15,18 +15,10 @@ from ..pruning.graph import ChannelGraph, as_graph
 from ..pruning.masks import Masks, check_shapes, masks_for_ratio
 from ..training.schedules import MOMENTUM
 from .base import Penalty
+from .filters import conv_weights, filter_weights
 
-SETTINGS = [
-    "reduction",
-    "delta",
-    "every",
-    "ceiling",
-    "start",
-    "enough",
-    "pick_delta",
-    "pick_ceiling",
-    "kept",
-]
+SETTINGS = ["reduction", "delta", "every", "ceiling", "start", "enough"]  # of __init__
+SETTINGS += ["pick_delta", "pick_ceiling", "kept"]
 STATE = ("factors", "masks", "ratios", "held", "rows", "seen")
 
 
@@ -227,10 +219,8 @@ class GrowingL2(Penalty):
 
 def _check(settings, masks):
     if (masks is None) == (settings["reduction"] is None):
-        raise ValueError(
-            "give masks (GReg-1: what is to go is known) or reduction (GReg-2: it is picked on "
-            "the way)"
-        )
+        known = "GReg-1: what is to go is known"
+        raise ValueError(f"give masks ({known}) or reduction (GReg-2: it is picked on the way)")
     for name in ("delta", "every", "ceiling", "enough", "pick_delta", "pick_ceiling"):
         if not settings[name] > 0:
             raise ValueError(f"{name}={settings[name]}: it must be above 0")
@@ -248,17 +238,14 @@ def _size(w, unit):
 
 def _weights(graph, masks, unstructured):
     """Mask name -> the convolution's weight that it speaks of."""
-    convs = {n: m.weight for n, m in graph.modules.items() if isinstance(m, nn.Conv2d)}
-    written = {n: convs[c] for n, c in graph.conv_before.items() if c in convs}
-    if masks is None and unstructured:
-        return convs
+    convs = conv_weights(graph)
     if masks is None:
-        return {n: written[n] for n in graph.prunable_norms() if n in written}
+        return convs if unstructured else filter_weights(graph, graph.prunable_norms())
+    written = filter_weights(graph, graph.conv_before)
     shapes = {n: w.shape for n, w in convs.items()} | {n: w.shape[:1] for n, w in written.items()}
     check_shapes(masks, shapes, "convolution, or BatchNorm right behind one")
     for name, keep in masks.items():
         if name in written and not keep.all() and graph.reason(name):
-            raise ValueError(
-                f"mask for {name!r} drops channels that cannot be cut: {graph.reason(name)}"
-            )
+            why = graph.reason(name)
+            raise ValueError(f"mask for {name!r} drops channels that cannot be cut: {why}")
     return {name: convs[name] if name in convs else written[name] for name in masks}
