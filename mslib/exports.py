@@ -42,12 +42,6 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(misfit(model, example, error)) from error
     wanted = tensors_in(out)
-    plain = [leaf for leaf in tree_leaves(out) if isinstance(leaf, (bool, int, float, str))]
-    if plain and path.suffix == ".onnx":
-        raise ValueError(
-            f"{type(model).__name__} returns {plain[0]!r} beside its tensors, and an .onnx file "
-            "holds tensors alone: return it as a tensor, leave it out, or export to .pt2"
-        )
     with replacing(path) as beside:
         write = _write_onnx if path.suffix == ".onnx" else _write_pt2
         try:
@@ -60,14 +54,18 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
             root: BaseException = error
             while root.__cause__:
                 root = root.__cause__
+            why = reason(root)
+            for other in tree_leaves(out):
+                if not isinstance(other, torch.Tensor) and path.suffix == ".onnx":
+                    why = (
+                        f"it returns {other!r:.60}: leave that out, make it a tensor, or take .pt2"
+                    )
             refused = f"{type(model).__name__} cannot be exported to {path.suffix}"
-            raise ValueError(f"{refused}: {reason(root)}") from error
+            raise ValueError(f"{refused}: {why}") from error
         off = difference(found, wanted)
         if not off <= tolerance:
-            raise ValueError(
-                f"{path}: its outputs are off by {off:.2g} of the largest, above "
-                f"tolerance={tolerance:g}; not written"
-            )
+            above = f"{off:.2g} of the largest, above tolerance={tolerance:g}"
+            raise ValueError(f"{path}: its outputs are off by {above}; not written")
     return off
 
 

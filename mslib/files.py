@@ -62,14 +62,6 @@ def reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def relative(path: str | Path) -> str:
-    """`path` as seen from the course's folder; as it is where there is no way (another drive)."""
-    try:
-        return os.path.relpath(path, ROOT)
-    except ValueError:
-        return str(path)
-
-
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, for a file or folder, beside `path`.

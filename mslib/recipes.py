@@ -115,18 +115,10 @@ def prune_gradually(
 
 def _together(graph: ChannelGraph, names: Iterable[str]) -> list[list[str]]:
     """The names of BatchNorms, those that share a channel in one list, in their order."""
-    found: list[tuple[list[str], set[int]]] = []
+    import networkx  # takes half a second
+
+    links = networkx.Graph()
     for name in names:
-        roots = set(graph.root[graph.norms[name]].tolist())
-        near = [each for each in found if each[1] & roots]
-        if not near:
-            found.append(([name], roots))
-            continue
-        first, *others = near
-        for each in others:
-            first[0].extend(each[0])
-            first[1].update(each[1])
-            found.remove(each)
-        first[0].append(name)
-        first[1].update(roots)
-    return [group for group, _ in found]
+        links.add_node(name)
+        links.add_edges_from((name, root) for root in graph.root[graph.norms[name]].tolist())
+    return [[n for n in names if n in part] for part in networkx.connected_components(links)]

@@ -433,6 +433,46 @@ def test_cut_exactly(name):
     assert not free or size(small) < size(model)
 
 
+ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish]
+ACTIVATIONS += [nn.Hardtanh, nn.Hardswish, nn.Threshold, nn.Dropout]
+ONLY_NEW = [nn.GELU, nn.Tanh, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.PReLU]
+NOT_ZERO = [nn.Sigmoid, nn.Softplus]  # of zero: no γ and β can silence a channel behind them
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(kind, {"inplace": place}) for kind in ACTIVATIONS for place in (False, True)]
+    + [(kind, {}) for kind in ONLY_NEW + NOT_ZERO]
+    + [(nn.Hardsigmoid, {"inplace": place}) for place in (False, True)],
+)
+def test_channels_pass_every_activation(kind, options):
+    more = (-0.5, 0.3) if kind is nn.Threshold else ()
+    model = lively(nn.Sequential(*cbr(3, 8)[:2], kind(*more, **options), head(8))).double()
+    graph = ms.ChannelGraph(model, image())
+    if kind in (*NOT_ZERO, nn.Hardsigmoid):
+        assert graph.reason("1") == "3 reads it where no BatchNorm can silence it"
+    else:
+        assert not graph.reason("1")
+        cut_exactly(model, image(), graph=graph)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_new_layout_of_the_same_numbers_is_followed(mixed):
+    def run(net, x):  # as PyTorch does behind an average over the pixels
+        y = net.norm(net.conv(x)).mean((2, 3), keepdim=True)
+        n, c = y.shape[:2]
+        return net.out(y.as_strided_(y.shape, (1, n, 1, 1) if mixed else (c, 1, c, c)).flatten(1))
+
+    parts = {"conv": nn.Conv2d(3, 9, 3), "norm": nn.BatchNorm2d(9), "out": nn.Linear(9, 3)}
+    model = lively(Net(run, **parts)).double()
+    graph = ms.ChannelGraph(model, image())
+    if mixed:  # numbers of one image become those of the other
+        assert "as_strided" in graph.reason("norm")
+    else:
+        assert not graph.reason("norm")
+        cut_exactly(model, image(), graph=graph)
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_numbers_of_dimensions(dims):
     conv = (None, nn.Conv1d, None, nn.Conv3d)[dims]

@@ -96,9 +96,8 @@ class GrowingL2(Penalty):
         weight that nothing holds to about exp(-exponent).
         """
         if not 0 < share <= 1:
-            raise ValueError(
-                f"share={share}: the part of the run that grows, above 0 and at most 1"
-            )
+            expected = "the part of the run that grows, above 0 and at most 1"
+            raise ValueError(f"share={share}: {expected}")
         if exponent is not None and not exponent > 0:
             raise ValueError(f"exponent={exponent}: it must be above 0, for example 4")
         updates = max(2, int(share * len(rates) / every))

@@ -318,9 +318,8 @@ def _refuse_example(model: nn.Module, example: Any) -> None:
         )
     for x in tree_leaves(example):
         if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != kind:
-            raise ValueError(
-                f"the example is {x.dtype}, the network {kind}: give example.to({kind})"
-            )
+            given = f"the example is {x.dtype}, the network {kind}"
+            raise ValueError(f"{given}: give example.to({kind})")
 
 
 def _refuse_reparametrized(modules: dict[str, Any]) -> None:

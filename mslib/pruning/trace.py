@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 # What PyTorch itself does not tell of its operations, by `is_view` or a tag.
 MOVES = {aten._unsafe_view, aten.flip, aten.repeat, aten.roll}
-POINTWISE = {aten.hardswish, aten.hardswish_, aten.hardtanh, aten.hardtanh_, aten._prelu_kernel}
+POINTWISE = {aten.hardswish, aten.hardtanh, aten._prelu_kernel, aten.threshold, aten.leaky_relu}
 PRODUCTS = {aten.mul, aten.mul_}
 CHANNEL_SHUFFLES = {aten.channel_shuffle, aten.native_channel_shuffle}
 SHUFFLES = {aten.pixel_shuffle, aten.pixel_unshuffle, *CHANNEL_SHUFFLES}
@@ -51,6 +51,7 @@ class Tracer(ShapesOnly):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        stays = _stays(func, args)  # asked before: it may happen in place
         out = self.run(func, args, kwargs)
         tensors = tensors_among(args, kwargs)
         self.alive.append((out, tensors))
@@ -64,6 +65,8 @@ class Tracer(ShapesOnly):
             return out
         if not known:
             self._move_weight(func, args, kwargs, out)
+        elif stays:
+            self._label(out, Value.of(known[0]))
         elif elsewhere or not self._passes_on(func, func.overloadpacket, args, kwargs, out):
             self._lose(func, known)
         return out
@@ -222,7 +225,7 @@ class Tracer(ShapesOnly):
     def _passes_on(self, func, packet, args, kwargs, out) -> bool:
         if packet in (aten.cat, aten.stack):
             return self._cat(packet, args, kwargs, out)
-        if torch.Tag.pointwise in func.tags or packet in POINTWISE or packet is aten._to_copy:
+        if _is_pointwise(func) or packet is aten._to_copy:
             return self._pointwise(func, packet, args, kwargs, out)
         value = self.values.get(id(args[0]))
         if value is None:
@@ -432,6 +435,24 @@ def _guesses(shape: torch.Size, place: int) -> torch.Tensor:
     draws = torch.rand(8, *shape, generator=torch.Generator().manual_seed(place)).double()
     sign = 1 - 2 * (torch.arange(8) >> place % 3 & 1).reshape(8, *(1,) * len(shape))
     return sign * (0.5 + 3 * draws)
+
+
+def _is_pointwise(func) -> bool:
+    """An in-place operation, such as mish_, is what the one without the underscore is."""
+    name = func.overloadpacket.__name__
+    same = getattr(aten, name.rstrip("_"), None) if name.endswith("_") else None
+    plain = getattr(same, func._overloadname, func)
+    tagged = torch.Tag.pointwise in (*func.tags, *plain.tags)
+    return tagged or plain.overloadpacket in POINTWISE
+
+
+def _stays(func, args) -> bool:
+    """Whether as_strided, as behind an average in PyTorch 2.8, leaves every number where it was."""
+    if func.overloadpacket not in (aten.as_strided, aten.as_strided_) or len(args) > 3:
+        return False
+    tensor, shape, stride = args
+    axes = zip(shape, tensor.stride(), stride)
+    return [*tensor.shape] == [*shape] and all(a == b for size, a, b in axes if size > 1)
 
 
 def _apply(func, operands, kwargs):
