@@ -7,7 +7,7 @@ import mslib as ms
 from mslib.files import ROOT
 from tools import evidence
 
-PROTOCOL = ROOT / "data" / "recovery-cifar10.yml"
+PROTOCOL = ROOT / "data" / "reference" / "recovery-cifar10.yml"
 
 
 def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_path, monkeypatch):

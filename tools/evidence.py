@@ -1,6 +1,6 @@
 """Recovery curves: what each method's cut costs, and how much repair brings it back.
 
-    python -m tools.evidence data/recovery-cifar10.yml --dataset PATH -p seed 0
+    python -m tools.evidence data/reference/recovery-cifar10.yml --dataset PATH -p seed 0
 
 The YAML file holds every number. Each measurement is a row of the CSV file beside the YAML; what is
 there already is not measured again, and trainings resume where they were killed.

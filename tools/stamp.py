@@ -158,6 +158,31 @@ def methods() -> str:
     return "\n".join(lines) + "\n"
 
 
+STATIONS = {"before": "before the cut", "folded": "at the cut", "1": "1 epoch", "4": "4 epochs"}
+STATIONS |= {"16": "16 epochs", "28": "28 epochs"}
+
+
+def recovery() -> str:
+    """What a cut costs and how fast repair brings it back, a row a method and reduction."""
+    table = pd.read_csv(REFERENCE / "recovery-cifar10.csv", dtype={"station": str})
+    table = table[(table.images == 1) & ~table.taught & table.station.isin([*STATIONS])]
+    there = [station for station in STATIONS if station in set(table.station)]
+    rows = []
+    for (method, reduction), curve in table.groupby(["method", "reduction"], sort=False):
+        means = curve.groupby("station").test.mean().reindex(there)
+        cells = ["" if pd.isna(top1) else f"{top1:.1f}" for top1 in means]
+        rows.append([method, f"{reduction:.0%}", *cells])
+    made = sorted({f"{row.hardware}, torch {row.torch}" for row in table.itertuples()})
+    seeds = ", ".join(str(seed) for seed in sorted(table.seed.unique()))
+    return (
+        f"{_markdown(['method', 'MACs removed', *(STATIONS[name] for name in there)], rows)}\n\n"
+        f"Test top-1 (%) of a ResNet-{table.depth.iloc[0]} on CIFAR-10 (JPEG copy), seed {seeds}; "
+        f"up to {table.date.max()}; {'; '.join(made)}; "
+        "[the table](data/reference/recovery-cifar10.csv), "
+        "[the protocol](data/reference/recovery-cifar10.yml).\n"
+    )
+
+
 def _from(points: float) -> str:
     return f"{abs(points):.2f} points {'ahead of' if points > 0 else 'behind'}"
 
@@ -273,6 +298,7 @@ MADE: dict[str, Callable[[], str]] = {
     "results": results,
     "comparison": comparison,
     "methods": methods,
+    "recovery": recovery,
     "networks": networks,
     "bench": benchmarks,
 }
