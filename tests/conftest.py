@@ -69,12 +69,13 @@ def few_cifar(cifar, tmp_path_factory):
 
 
 def kill_with_its_children(process):
-    """kill -9 a process alone: those that it started have to notice, and end."""
+    """kill -9 a process alone: those that it started have to notice, and end. Returns how many."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=60)
-    assert children and not alive
+    assert not alive
+    return len(children)
 
 
 def lively(model, seed=0):

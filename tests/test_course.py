@@ -234,7 +234,7 @@ def test_command_line_errors_are_one_line(words, message, capsys):
 
 
 def kill_a_run(settings, runs, wait):
-    """Start lesson 01, and kill it by -9 once `wait()` is over; whether it was still running."""
+    """Start lesson 01, and kill it by -9 once `wait()` is over; how many processes it had then."""
     process = subprocess.Popen(
         command(settings, "--only", "01"),
         cwd=ROOT,
@@ -242,8 +242,7 @@ def kill_a_run(settings, runs, wait):
         stderr=subprocess.DEVNULL,
     )
     wait(process)
-    if process.poll() is None:
-        kill_with_its_children(process)
+    return kill_with_its_children(process) if process.poll() is None else 0
 
 
 def test_killed_with_its_kernel_it_goes_on_in_one_of_two_processes(finished, tiny, tmp_path):
@@ -259,7 +258,7 @@ def test_killed_with_its_kernel_it_goes_on_in_one_of_two_processes(finished, tin
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
 
-    kill_a_run(settings, tmp_path, until_an_epoch_is_done)
+    assert kill_a_run(settings, tmp_path, until_an_epoch_is_done)  # its kernel
     for _ in range(KILLS - 1):
         before = newest()
         if list(tmp_path.rglob("history.json")):

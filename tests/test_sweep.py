@@ -1,5 +1,6 @@
 """Sweeps through real papermill and real Dask processes, on a network that takes seconds."""
 
+import functools
 import io
 import os
 import random
@@ -86,13 +87,13 @@ def test_a_failed_point_is_reported_and_the_others_end(undisturbed):
 
 
 def kill_a_sweep(runs, wait):
-    """Start it with two workers, and kill it by -9 once `wait()` is over."""
+    """Start it with two workers, and kill it by -9 once `wait()` is over; how many it had then."""
     with open(runs / "log", "w") as out:
         words = command(runs, "-j", "2")
         sweep = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     wait(sweep)
     assert sweep.poll() is None, (runs / "log").read_text()
-    kill_with_its_children(sweep)
+    return kill_with_its_children(sweep)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +109,9 @@ def killed(tmp_path_factory):
 
     for trial in range(KILLS):
         before, trained = finished(runs), checkpoints(runs)
-        kill_a_sweep(
-            runs, until_one_is_finished if not trial else lambda _: time.sleep(lot.uniform(0.5, 15))
-        )
+        at_random = functools.partial(time.sleep, lot.uniform(0.5, 15))  # perhaps before it has any
+        workers = kill_a_sweep(runs, (lambda _: at_random()) if trial else until_one_is_finished)
+        assert trial or workers
         assert before.items() <= finished(runs).items()  # nothing lost, nothing repeated
         for folder, newest in checkpoints(runs).items():
             assert newest >= trained.get(folder, ""), folder
