@@ -257,7 +257,7 @@ def growing(pick: bool = False) -> None:
     phases = {"pick": 0.2, "grow": 0.4, "hold": 0.4} if pick else {"grow": 0.6, "hold": 0.4}
     _phases(ax, phases)
     words = [
-        (0.47, 0.5, "dropped filters", dropped),
+        (0.42 if pick else 0.36, 0.5, "dropped filters", dropped),
         (0.63, 0.08, "kept filters: no penalty" + " any more" * pick, kept),
     ]
     if pick:

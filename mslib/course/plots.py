@@ -494,8 +494,9 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
     ends = {name: last.top1(f"{name}: fine-tuned") for name in paths}
     ends["scratch"] = last.top1("scratch: same architecture")
     ends["dense"] = last.top1("dense, trained on as long")
-    lost = [f"{before - after:.1f} points to the {n} one" for n, (before, after) in paths.items()]
-    title = f"The same cut costs {' and '.join(reversed(lost))}"
+    lost = {name: before - after for name, (before, after) in paths.items()}
+    title = f"The same cut costs the masked network {lost['masked']:.1f} points of top-1, "
+    title += f"and the global one {lost['global']:.0f}"
     ratios = dict(width_ratios=[5, 4])
     fig, (cut, tuned) = figure(title, 10, 4, columns=2, gridspec_kw=ratios)
     names = ("before the cut", "after it")
