@@ -540,14 +540,14 @@ def filter_sizes(
     left.annotate(
         "kept filters",
         (steps[-1], 1),
-        (0, -14),
+        (0, 6),
         textcoords="offset points",
         ha="right",
         color=COLORS["kept"],
     )
     left.axvline(step, color="0.3", ls=":")
-    left.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
-    left.set(yscale="log", xlabel="step (shaded: 90 % of the dropped filters)")
+    left.legend(loc="upper right", bbox_to_anchor=(1, 0.82))
+    left.set(yscale="log", ylim=(None, 3), xlabel="step (shaded: 90 % of the dropped filters)")
     left.set_ylabel("mean |W| of a filter, start = 1")
     right.set(xlabel="filters", title=f"at step {step}")
     return right
