@@ -505,7 +505,9 @@ def result(stages: Mapping[str, Results], path: str | Path) -> None:
     for y, name in enumerate(sorted(ends, key=lambda name: ends[name])):
         tuned.plot(ends[name], y, "o", ms=9, color=color(name))
         tuned.annotate(f"{ends[name]:.1f}", (ends[name], y), (0, 9), textcoords="offset points")
-    tuned.set_yticks(range(len(ends)), sorted(ends, key=lambda name: ends[name]), fontsize=11)
+    words = {"dense": "dense: uncut", "scratch": "scratch: same\nwidths, new weights"}
+    order = [words.get(name, name) for name in sorted(ends, key=lambda name: ends[name])]
+    tuned.set_yticks(range(len(ends)), order, fontsize=11)
     tuned.set(title="after fine-tuning (zoomed)", xlabel="test top-1 (%)", ylim=(-0.5, 3.7))
     tuned.margins(x=0.25)
     fig.savefig(path)
@@ -526,17 +528,19 @@ def filter_sizes(
     _, (left, right) = figure(title, 10, 3.8, columns=2, sharey=True, gridspec_kw=ratios)
     ends = {name: sizes / sizes[:1] for name, (_, sizes) in runs.items()}
     shares = {name: share.float().clamp(min=1e-6).numpy() for name, share in ends.items()}
-    keep, bins = flags.cpu().numpy(), np.geomspace(min(s.min() for s in shares.values()), 1.3, 32)
+    keep, bins = flags.cpu().numpy(), np.geomspace(min(s.min() for s in shares.values()), 1.3, 18)
+    at_step, inks = [], []
     for name, (when, _) in runs.items():
         steps, gone, ink = np.asarray(when), shares[name][:, ~keep], color(name)
         low, middle, high = np.quantile(gone, [0.05, 0.5, 0.95], axis=1)
         left.plot(steps, middle, color=ink, lw=2, label=f"{name}: dropped filters")
         left.fill_between(steps, low, high, color=ink, alpha=0.2, lw=0)
         now = int(np.abs(steps - step).argmin())
-        looks: Any = dict(bins=bins, orientation="horizontal", alpha=0.6)
-        right.hist(gone[now], color=ink, **looks)
+        at_step.append(gone[now])
+        inks.append(ink)
     left.plot(steps, np.median(shares[name][:, keep], axis=1), color=COLORS["kept"], lw=2)
-    right.hist(shares[name][now][keep], color=COLORS["kept"], **looks)
+    at_step.append(shares[name][now][keep])
+    right.hist(at_step, bins, color=[*inks, COLORS["kept"]], orientation="horizontal")
     left.annotate(
         "kept filters",
         (steps[-1], 1),
@@ -549,7 +553,7 @@ def filter_sizes(
     left.legend(loc="upper right", bbox_to_anchor=(1, 0.82))
     left.set(yscale="log", ylim=(None, 3), xlabel="step (shaded: 90 % of the dropped filters)")
     left.set_ylabel("mean |W| of a filter, start = 1")
-    right.set(xlabel="filters", title=f"at step {step}")
+    right.set(xlabel="filters of this size at the dotted line", title=f"at step {step}")
     return right
 
 
