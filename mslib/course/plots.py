@@ -521,26 +521,28 @@ def filter_sizes(
     """Filters over trainings, each as a share of its first size; returns the right axes.
 
     Left: median and 5–95 % band of the dropped filters of each run, and the median of the kept.
-    Right: how many filters have which size at `step`. `runs`: name -> steps, and the sizes at each,
+    Right: every filter at `step`. `runs`: name -> steps, and the sizes at each,
     [steps, filters]. `flags`: True for kept, [filters].
     """
     ratios = dict(width_ratios=[3, 2])
     _, (left, right) = figure(title, 10, 3.8, columns=2, sharey=True, gridspec_kw=ratios)
     ends = {name: sizes / sizes[:1] for name, (_, sizes) in runs.items()}
     shares = {name: share.float().clamp(min=1e-6).numpy() for name, share in ends.items()}
-    keep, bins = flags.cpu().numpy(), np.geomspace(min(s.min() for s in shares.values()), 1.3, 18)
-    at_step, inks = [], []
+    keep, columns = flags.cpu().numpy(), {}
     for name, (when, _) in runs.items():
         steps, gone, ink = np.asarray(when), shares[name][:, ~keep], color(name)
         low, middle, high = np.quantile(gone, [0.05, 0.5, 0.95], axis=1)
         left.plot(steps, middle, color=ink, lw=2, label=f"{name}: dropped filters")
         left.fill_between(steps, low, high, color=ink, alpha=0.2, lw=0)
         now = int(np.abs(steps - step).argmin())
-        at_step.append(gone[now])
-        inks.append(ink)
+        columns[f"{name}:\ndropped"] = gone[now], ink
     left.plot(steps, np.median(shares[name][:, keep], axis=1), color=COLORS["kept"], lw=2)
-    at_step.append(shares[name][now][keep])
-    right.hist(at_step, bins, color=[*inks, COLORS["kept"]], orientation="horizontal")
+    columns["kept"] = shares[name][now][keep], COLORS["kept"]
+    for x, (found, ink) in enumerate(columns.values()):
+        aside = x + 0.35 * np.sin(np.arange(len(found)))  # so that dots do not hide each other
+        right.plot(aside, found, ".", ms=5, color=ink, alpha=0.6)
+    right.set_xticks(range(len(columns)), columns)
+    right.grid(visible=False, axis="x")
     left.annotate(
         "kept filters",
         (steps[-1], 1),
@@ -553,7 +555,7 @@ def filter_sizes(
     left.legend(loc="upper right", bbox_to_anchor=(1, 0.82))
     left.set(yscale="log", ylim=(None, 3), xlabel="step (shaded: 90 % of the dropped filters)")
     left.set_ylabel("mean |W| of a filter, start = 1")
-    right.set(xlabel="filters of this size at the dotted line", title=f"at step {step}")
+    right.set(xlabel="every filter, at the dotted line", title=f"at step {step}")
     return right
 
 
