@@ -82,12 +82,11 @@ def findings() -> str:
     ]
     grown = 100 - table["MACs left %"]["GReg-1: fine-tuned"]
     return (
-        f"- **The cut** loses {lost('masked'):.2f} points of test top-1 after the masked penalty. "
-        f"After the global penalty it loses {lost('global'):.0f}. In both, what the removed "
-        "channels sent as constants is folded in.\n"
+        f"- **The cut** costs {lost('masked'):.2f} points of test top-1 after the masked penalty, "
+        f"and {lost('global'):.0f} after the global one.\n"
         f"- **After fine-tuning** the two end {behind(dense, 'global', 'masked')} the dense "
-        "network that was trained on for as long. They end "
-        f"{behind(scratch, 'global', 'masked')} the same small network trained from scratch.\n"
+        f"network, and {behind(scratch, 'global', 'masked')} the same small network trained from "
+        "scratch.\n"
         f"- **Growing penalties and feature flow** (lessons 06 and 07) remove {grown:.0f} % of the "
         f"MACs. They end {behind(dense, 'GReg-1', 'GReg-2', *flows)} the dense network.\n"
     )

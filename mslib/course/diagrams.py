@@ -244,37 +244,36 @@ def folding() -> None:
 
 
 @style()
-def growing() -> None:
-    """The factor of the growing penalty over a training: GReg-1 and GReg-2, beside a constant."""
-    _, (left, right) = figure("The penalty factor grows, then it is held", 10, 3.4, columns=2)
-    time = [0.0, 0.6, 1.0]  # as a share of the training
-    left.plot(time, [1, 1, 1], color=QUIET, ls="--")
-    left.plot(time, [0, 1, 1], color=COLORS["dropped"], lw=2)
-    right.plot([0, 0.2], [0, 0.12], color=INK, lw=2)
-    right.plot([0.2, 0.6, 1], [0.12, 1, 1], color=COLORS["dropped"], lw=2)
-    right.plot([0.2, 0.2, 1], [0.12, 0, 0], color=COLORS["kept"], lw=2)
-    left.set_title("GReg-1: the dropped filters are known")
-    right.set_title("GReg-2: the penalty finds them first")
-    _phases(left, {"grow": 0.6, "hold": 0.4})
-    _phases(right, {"pick": 0.2, "grow": 0.4, "hold": 0.4})
-    words: list[tuple[Axes, float, float, str, Any]] = [
-        (left, 0.02, 1.06, "constant: full strength at once", QUIET),
-        (left, 0.35, 0.45, "dropped filters", COLORS["dropped"]),
-        (left, 0.35, 0.05, "kept filters: no penalty", COLORS["kept"]),
-        (right, 0.02, 0.2, "all filters", INK),
-        (right, 0.43, 0.45, "dropped filters", COLORS["dropped"]),
-        (right, 0.3, 0.05, "kept filters: no penalty any more", COLORS["kept"]),
+def growing(pick: bool = False) -> None:
+    """The factor of the growing penalty over a training: of GReg-1 beside a constant, or, with
+    `pick`, of GReg-2."""
+    rise = "The penalty factor of a dropped filter grows, then it is held"
+    _, ax = figure("First all filters are penalized, then the smallest" if pick else rise, 8, 3.2)
+    dropped, kept = COLORS["dropped"], COLORS["kept"]
+    first, low = (0.2, 0.12) if pick else (0, 0)  # when the dropped are known; the factor there
+    ax.plot([0, first], [0, low], color=INK, lw=2.5)
+    ax.plot([first, 0.6, 1], [low, 1, 1], color=dropped, lw=2.5)
+    ax.plot([first, first, 1], [low, 0, 0], color=kept, lw=2.5)
+    phases = {"pick": 0.2, "grow": 0.4, "hold": 0.4} if pick else {"grow": 0.6, "hold": 0.4}
+    _phases(ax, phases)
+    words = [
+        (0.42 if pick else 0.36, 0.5, "dropped filters", dropped),
+        (0.63, 0.08, "kept filters: no penalty" + " any more" * pick, kept),
     ]
-    for ax, x, y, text, ink in words:
-        _text(ax, x, y, text, color=ink, ha="left")
-    left.plot([0, 1], [0, 0], color=COLORS["kept"], lw=2)
-    left.set_ylabel("penalty factor r")
+    if pick:
+        words.append((0.02, 0.25, "all filters", INK))
+    else:
+        ax.plot([0, 0, 0.6], [0, 1, 1], color=QUIET, ls="--", lw=2)
+        words.append((0.02, 1.08, "for comparison, constant: full strength at once", QUIET))
+    for x, y, text, ink in words:
+        _text(ax, x, y, text, 10, color=ink, ha="left")
+    ax.set_ylabel("penalty factor r")
 
 
 @style()
 def common_penalty() -> None:
     """Two weights of one size under one penalty: what is left tells their curvature (GReg-2)."""
-    title = "Both weights are 1; under the same penalty the one that matters less shrinks more"
+    title = "Under the same penalty, the weight that matters less shrinks more"
     _, (left, right) = figure(title, 10, 3.0, columns=2)
     w, r = np.linspace(0, 2, 100), np.linspace(0, 3, 100)
     cases = [
@@ -284,11 +283,11 @@ def common_penalty() -> None:
     for h, name, ink, spot in cases:
         left.plot(w, h * (w - 1) ** 2 / 2, color=ink, lw=2)
         right.plot(r, h / (h + r), color=ink, lw=2)
-        _text(left, *spot, name, color=ink, ha="left", fontweight="bold")
-        _text(right, 3.05, h / (h + 3), name, color=ink, ha="left", fontweight="bold")
+        _text(left, *spot, name, 10, color=ink, ha="left", fontweight="bold")
+        _text(right, 3.05, h / (h + 3), name, 10, color=ink, ha="left", fontweight="bold")
     left.plot([1], [0], "o", color=INK)
-    left.set(xlabel="weight w", ylabel="loss, ½ h (w − 1)²", xticks=[0, 1, 2], yticks=[0])
-    right.set(xlabel="common penalty factor r", ylabel="what is left, w = h / (h + r)")
+    left.set(xlabel="weight w: loss ½ h (w − 1)²", ylabel="loss", xticks=[0, 1, 2], yticks=[0])
+    right.set(xlabel="common penalty factor r: w = h / (h + r)", ylabel="what is left of w")
     right.set(xlim=(0, 4.1), ylim=(0, 1.05), xticks=[0, 1, 2, 3], yticks=[0, 1])
 
 

@@ -201,3 +201,14 @@ def largest_reduction(measured: dict[float, float], points: float) -> float:
     the largest; reduction 0.0 itself is always among them."""
     allowed = measured[0.0] - points
     return max(reduction for reduction, top1 in measured.items() if top1 >= allowed)
+
+
+@exercise(
+    (torch.tensor([[1.0, -0.4, 0.003], [0.01, 0.0055, -0.0033]]),),
+    (torch.tensor([[-2.54, 1.0, 0.011, 0.0], [0.3, 0.1, -0.07, 0.2], [40.0, 3.0, 1.0, -9.0]]),),
+)
+def in_int8(weights: torch.Tensor) -> torch.Tensor:
+    """The scale of a filter, a row, is its largest absolute weight over 127 (keepdim=True keeps it
+    a column); round weights / scale, and multiply by scale."""
+    scale = weights.abs().max(1, keepdim=True).values / 127
+    return (weights / scale).round() * scale

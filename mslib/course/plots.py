@@ -220,7 +220,7 @@ def gamma_histograms(
     flags = flags if isinstance(flags, Mapping) else dict.fromkeys(panels, flags)
     values = {name: np.asarray(g, dtype=float) for name, g in panels.items()}
     top: float = max(np.nanmax(v[~np.isnan(flags[name])]) for name, v in values.items())
-    bins = np.geomspace(1e-4, 1.1 * top, 40) if log else np.linspace(0, top, 50)
+    bins = np.geomspace(1e-4, 1.1 * top, 26) if log else np.linspace(0, top, 50)
     kinds = {"kept": 1, "dropped": 0}
     shown = [kind for kind, flag in kinds.items() if any((f == flag).any() for f in flags.values())]
     for ax, (name, gamma) in zip(np.atleast_1d(axes), values.items()):
@@ -232,6 +232,9 @@ def gamma_histograms(
             label=shown,
         )
         ax.set(title=name, xlabel="|γ|", xscale="log" if log else "linear")
+        if log:
+            ax.set_xticks([bins[0] * 1.2, 1e-3, 1e-2, 1e-1, 1], ["0", ".001", ".01", ".1", "1"])
+            ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
         if threshold:
             ax.axvline(threshold, color="black", ls="--", lw=1, label=f"|γ| = {threshold:.2g}")
     np.atleast_1d(axes)[0].set_ylabel("channels")
@@ -293,21 +296,31 @@ def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: st
 
 
 @style()
-def kept_channels(masks: Mapping[str, Tensor], title: str, floor: float = 0.0) -> None:
-    """How many channels each block keeps of how many; `floor`: the least share, as a line."""
-    _, ax = figure(title)
-    total = np.array([len(keep) for keep in masks.values()])
-    kept = [int(keep.sum()) for keep in masks.values()]
-    x = np.arange(len(masks))
-    ax.bar(x, total, color=COLORS["dropped"], alpha=0.35, label="dropped")
-    ax.bar(x, kept, color=COLORS["kept"], label="kept")
-    if floor:
-        ax.step(x, floor * total, where="mid", color="black", ls=":", lw=1, label="floor")
-    blocks = [name.removeprefix("stage").removesuffix(".bn1") for name in masks]
-    ax.set_xticks(x, blocks, rotation=90, fontsize=8)
-    ax.set(xlabel="stage.block, input to output", ylabel="channels")
-    ax.grid(visible=False, axis="x")
-    ax.legend()
+def kept_shares(panels: Values, title: str, floor: float = 0.0) -> None:
+    """The share of its channels that each block keeps, a bar a block, and the mean of each stage.
+
+    `panels`: name of a panel -> masks of a ResNet, by names such as stage1.0.bn1. `floor`: the
+    least share, as a line.
+    """
+    _, axes = figure(title, 10, 3.4, columns=len(panels), sharey=True)
+    for ax, (name, masks) in zip(np.atleast_1d(axes), panels.items()):
+        shares = np.array([100 * float(keep.float().mean()) for keep in masks.values()])
+        stages = np.array([norm.split(".")[0] for norm in masks])
+        ax.bar(range(len(shares)), shares, color=color(name) or COLORS["kept"], alpha=0.75)
+        starts = [int(np.argmax(stages == stage)) for stage in dict.fromkeys(stages)]
+        for start, end in zip(starts, [*starts[1:], len(shares)]):
+            mean = shares[start:end].mean()
+            ax.plot([start - 0.4, end - 0.6], [mean, mean], color=COLORS["published"], lw=2)
+            place: Any = dict(ha="center", va="bottom", fontsize=10, fontweight="bold")
+            place["bbox"] = dict(fc="white", ec="none", pad=0.8, alpha=0.8)
+            ax.text((start + end - 1) / 2, mean + 3, f"{mean:.0f} %", **place)
+        if floor:
+            ax.axhline(100 * floor, color="black", ls=":", lw=1)
+        middles = np.add(starts, [*starts[1:], len(shares)]) / 2 - 0.5
+        ax.set_xticks(middles, [stages[start].replace("stage", "stage ") for start in starts])
+        ax.grid(visible=False, axis="x")
+        ax.set(title=name, ylim=(0, 115), yticks=range(0, 101, 25))
+    np.atleast_1d(axes)[0].set_ylabel("channels kept (%)")
 
 
 @style()
@@ -378,15 +391,24 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 
 
 @style()
-def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes:
-    """How values go from station to station, a line each; its end is labelled with its value.
+def stations(
+    paths: Values,
+    names: Sequence[str],
+    title: str,
+    unit: str,
+    ax: Axes | None = None,
+    at: int = -1,
+) -> Axes:
+    """How values go from station to station, a line each, labelled with its value at one end.
 
     `paths`: name of a line -> its values at the stations called `names`; nan where there is none.
+    In a figure of its own, or in `ax`. `at`: the end with the labels, 0 or -1.
     """
-    _, ax = figure(title, height=3.8)
+    if ax is None:
+        _, ax = figure(title, height=3.8)
     last = len(names) - 1
     lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
-    ends = [(line[last], name) for name, line in lines.items()]
+    ends = [(line[at], name) for name, line in lines.items()]
     span = float(np.nanmax([*lines.values()]) - np.nanmin([*lines.values()]))
     heights = apart([end for end, _ in ends], span / 14)
     for height, (end, name) in zip(heights, ends):
@@ -394,10 +416,12 @@ def stations(paths: Values, names: Sequence[str], title: str, unit: str) -> Axes
         ax.plot(lines[name], "o-", color=ink, ms=5)
         place: Any = dict(color=ink, va="center", fontsize=9, fontweight="bold")
         place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
-        ax.text(last + 0.06, height, f"{name}  {end:.1f}", **place)
+        place["ha"] = "left" if at else "right"
+        ax.text(last + 0.06 if at else -0.08, height, f"{name}  {end:.1f}", **place)
     ax.set_ylim(top=max(ax.get_ylim()[1], max(heights) + span / 12))
+    ax.set_ylim(bottom=min(ax.get_ylim()[0], min(heights) - span / 12))
     ax.set_xticks(range(len(names)), list(names))
-    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75))
+    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75) if at else (-0.9, last + 0.25))
     return ax
 
 
@@ -422,7 +446,13 @@ def kept_groups(groups: Sequence[Group], cuts: Values, title: str, floor: float 
         ax.grid(visible=False, axis="y")
         ax.set(title=name, xlabel="channels kept (%)", xlim=(0, 100))
     left = np.atleast_1d(axes)[0]
-    left.set_yticks(range(len(found)), [n + m for n, m in zip(first, more)], fontsize=8)
+    for kind, words in (("shared", "several layers"), ("inner", "one layer")):
+        if COLORS[kind] in inks:
+            spot: Any = dict(color="white", fontsize=8, va="center", fontweight="bold")
+            left.text(100 * floor + 3, inks.index(COLORS[kind]), words, **spot)
+    left.set_yticks(range(len(found)), [n + m for n, m in zip(first, more)], fontsize=9)
+    for label, ink in zip(left.get_yticklabels(), inks):
+        label.set_color(ink)
     left.invert_yaxis()
 
 
@@ -453,54 +483,80 @@ def lines(
 def result(stages: Mapping[str, Results], path: str | Path) -> None:
     """The course in one picture, written to `path`.
 
-    γ under both penalties; top-1 before the cut, after it, and in the end.
+    Top-1 before the cut and after it, under both penalties; after fine-tuning, beside the dense
+    network that was trained on and the small one trained from scratch.
     """
-    base, sparse, masked, pruned, last = (
-        stages[n] for n in stages if n[:2] in ("01", "02", "03", "04", "05")
-    )
-    fig, axes = figure("Who is pushed, and what the cut costs", width=11, columns=3)
-    panels = {
-        "|γ| under the global penalty": sparse.gammas("global")[-1],
-        "|γ| under the masked penalty": masked.gammas("masked")[-1],
+    sparse, masked, pruned, last = (stages[n] for n in stages if n[:2] in ("02", "03", "04", "05"))
+    paths = {
+        name: [found.top1(f"{name}: before the cut"), pruned.top1(f"{name}: after the cut, folded")]
+        for name, found in {"global": sparse, "masked": masked}.items()
     }
-    gamma_histograms(panels, "", keep_flags(base.model("baseline"), sparse.masks()), axes=axes[:2])
-    stations = ("before the cut", "after the cut, folded", "fine-tuned")
-    for name, first in {"global": sparse, "masked": masked}.items():
-        tops = [
-            found.top1(f"{name}: {station}")
-            for found, station in zip((first, pruned, last), stations)
-        ]
-        axes[2].plot(tops, "o-", color=color(name), label=name)
-    axes[2].axhline(base.top1("baseline"), color=COLORS["baseline"], ls="--", label="baseline")
-    axes[2].set(title="test top-1 (%), same channels removed")
-    axes[2].set_xticks(range(3), ("before", "cut, folded", "fine-tuned"))
-    axes[2].legend()
+    ends = {name: last.top1(f"{name}: fine-tuned") for name in paths}
+    ends["scratch"] = last.top1("scratch: same architecture")
+    ends["dense"] = last.top1("dense, trained on as long")
+    lost = {name: before - after for name, (before, after) in paths.items()}
+    title = f"The same cut costs the masked network {lost['masked']:.1f} points of top-1, "
+    title += f"and the global one {lost['global']:.0f}"
+    ratios = dict(width_ratios=[5, 4])
+    fig, (cut, tuned) = figure(title, 10, 4, columns=2, gridspec_kw=ratios)
+    names = ("before the cut", "after it")
+    stations(paths, names, "", "test top-1 (%)", cut)
+    cut.set(title="the cut", xlim=(-0.15, 1.6))
+    for y, name in enumerate(sorted(ends, key=lambda name: ends[name])):
+        tuned.plot(ends[name], y, "o", ms=9, color=color(name))
+        tuned.annotate(f"{ends[name]:.1f}", (ends[name], y), (0, 9), textcoords="offset points")
+    words = {"dense": "dense: uncut", "scratch": "scratch: same\nwidths, new weights"}
+    order = [words.get(name, name) for name in sorted(ends, key=lambda name: ends[name])]
+    tuned.set_yticks(range(len(ends)), order, fontsize=11)
+    tuned.set(title="after fine-tuning (zoomed)", xlabel="test top-1 (%)", ylim=(-0.5, 3.7))
+    tuned.margins(x=0.25)
     fig.savefig(path)
     plt.close(fig)
 
 
 @style()
 def filter_sizes(
-    panels: Mapping[str, tuple[Sequence[int], Tensor]], flags: Tensor, title: str
-) -> None:
-    """Filters over a training, each as a share of its first size: median and 5–95 % band, kept and
-    dropped apart.
+    runs: Mapping[str, tuple[Sequence[int], Tensor]], flags: Tensor, step: int, title: str
+) -> Axes:
+    """Filters over trainings, each as a share of its first size; returns the right axes.
 
-    `panels`: name -> steps, and the sizes at each, [steps, filters]. `flags`: True for kept.
+    Left: median and 5–95 % band of the dropped filters of each run, and the median of the kept.
+    Right: every filter at `step`. `runs`: name -> steps, and the sizes at each,
+    [steps, filters]. `flags`: True for kept, [filters].
     """
-    _, axes = figure(title, columns=len(panels), sharey=True)
-    for ax, (name, (steps, sizes)) in zip(np.atleast_1d(axes), panels.items()):
-        for flag, label in ((True, "kept"), (False, "dropped")):
-            chosen = (sizes / sizes[:1])[:, flags.cpu() == flag].numpy()
-            low, middle, high = np.quantile(chosen, [0.05, 0.5, 0.95], axis=1)
-            steps = np.asarray(steps)
-            ax.plot(steps, middle, color=COLORS[label])
-            ax.fill_between(steps, low, high, color=COLORS[label], alpha=0.2, lw=0)
-            place: Any = dict(textcoords="offset points", ha="right", fontweight="bold")
-            ax.annotate(label, (steps[-1], low[-1]), (0, -14), color=COLORS[label], **place)
-        ax.set(title=name, xlabel="step (shaded: 90 % of the filters)", yscale="log")
-        ax.margins(y=0.15)
-    np.atleast_1d(axes)[0].set_ylabel("mean |W| of a filter, start = 1")
+    ratios = dict(width_ratios=[3, 2])
+    _, (left, right) = figure(title, 10, 3.8, columns=2, sharey=True, gridspec_kw=ratios)
+    ends = {name: sizes / sizes[:1] for name, (_, sizes) in runs.items()}
+    shares = {name: share.float().clamp(min=1e-6).numpy() for name, share in ends.items()}
+    keep, columns = flags.cpu().numpy(), {}
+    for name, (when, _) in runs.items():
+        steps, gone, ink = np.asarray(when), shares[name][:, ~keep], color(name)
+        low, middle, high = np.quantile(gone, [0.05, 0.5, 0.95], axis=1)
+        left.plot(steps, middle, color=ink, lw=2, label=f"{name}: dropped filters")
+        left.fill_between(steps, low, high, color=ink, alpha=0.2, lw=0)
+        now = int(np.abs(steps - step).argmin())
+        columns[f"{name}:\ndropped"] = gone[now], ink
+    left.plot(steps, np.median(shares[name][:, keep], axis=1), color=COLORS["kept"], lw=2)
+    columns["kept"] = shares[name][now][keep], COLORS["kept"]
+    for x, (found, ink) in enumerate(columns.values()):
+        aside = x + 0.35 * np.sin(np.arange(len(found)))  # so that dots do not hide each other
+        right.plot(aside, found, ".", ms=5, color=ink, alpha=0.6)
+    right.set_xticks(range(len(columns)), columns)
+    right.grid(visible=False, axis="x")
+    left.annotate(
+        "kept filters",
+        (steps[-1], 1),
+        (0, 6),
+        textcoords="offset points",
+        ha="right",
+        color=COLORS["kept"],
+    )
+    left.axvline(step, color="0.3", ls=":")
+    left.legend(loc="upper right", bbox_to_anchor=(1, 0.82))
+    left.set(yscale="log", ylim=(None, 3), xlabel="step (shaded: 90 % of the dropped filters)")
+    left.set_ylabel("mean |W| of a filter, start = 1")
+    right.set(xlabel="every filter, at the dotted line", title=f"at step {step}")
+    return right
 
 
 @style()
@@ -527,12 +583,13 @@ def dots(ours: Values, published: Values, title: str, unit: str) -> None:
     """One value a row, best on top: ours filled, in the method's colour, published ones hollow."""
     values = {**ours, **{f"{name}, published": value for name, value in published.items()}}
     names = sorted(values, key=lambda name: values[name])
-    _, ax = figure(title, 8, 0.3 * len(names) + 1.2)
+    _, ax = figure(title, 8, 0.36 * len(names) + 1.2)
     for y, name in enumerate(names):
         ink = (color(name) or COLORS["dense"]) if name in ours else "none"
         ax.scatter(values[name], y, s=40, zorder=3, edgecolor=COLORS["published"], color=ink)
-        place: Any = dict(textcoords="offset points", va="center", fontsize=8)
-        ax.annotate(f"{values[name]:+.2f}".replace("-", "−"), (values[name], y), (8, 0), **place)
+        place: Any = dict(textcoords="offset points", va="center", fontsize=10)
+        place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
+        ax.annotate(f"{values[name]:+.2f}".replace("-", "−"), (values[name], y), (9, 0), **place)
     ax.axvline(0, color=COLORS["dense"], lw=1)
     ax.set_yticks(range(len(names)), names)
     ax.margins(x=0.12)
