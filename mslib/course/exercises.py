@@ -201,3 +201,24 @@ def largest_reduction(measured: dict[float, float], points: float) -> float:
     the largest; reduction 0.0 itself is always among them."""
     allowed = measured[0.0] - points
     return max(reduction for reduction, top1 in measured.items() if top1 >= allowed)
+
+
+# ---- 10 · the family ---------------------------------------------------------------------------
+
+
+@exercise(
+    ({"a": torch.tensor([[3.0, 4.0], [0.0, 2.0]])}, {"a": torch.tensor([False, True])}, 0.1),
+    (
+        {"a": _FILTERS, "b": _READERS},
+        {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, False, True])},
+        2.0,
+    ),
+    ({"a": _READERS}, {"a": torch.tensor([False, False, False])}, 0.5),
+)
+def group_lasso(
+    weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], strength: float
+) -> torch.Tensor:
+    """Of each layer take the dropped filters, w[~keep], as rows (flatten(1)); add up the roots of
+    their sums of squares, not the squares; then over the layers; then times the strength."""
+    norms = [w[~masks[name]].flatten(1).norm(2, 1).sum() for name, w in weights.items()]
+    return strength * torch.stack(norms).sum()
