@@ -552,8 +552,8 @@ def levers(
 ) -> np.ndarray:
     """Every filter as a dot, a panel a penalty: its norm to the right, the γ behind it upward.
 
-    panels: name -> norms and |γ|, both as shares of what they were, float [filters], and whether a
-        filter is kept, bool [filters]. Shares below 1e-4 stand on the edge. Returns the axes.
+    panels: name -> norms and |γ|, both as multiples of what they were, float [filters], and
+        whether a filter is kept, bool [filters]. Below 1e-4 they stand on the edge. Returns the axes.
     """
     rows = -(-len(panels) // columns)
     fig, whole = figure(title, 11, 0.9 + 2.1 * rows)
@@ -565,13 +565,17 @@ def levers(
             chosen = kept.cpu().numpy() == flag
             looks: Any = dict(s=22, alpha=0.5, lw=0, marker="o" if flag else "X", clip_on=False)
             ax.scatter(x[chosen], y[chosen], color=COLORS[word], zorder=3, **looks)
+            if ax is axes[0, 0]:
+                spot = (np.median(x[chosen]) / 2, np.median(y[chosen]))
+                ax.text(*spot, word, color=COLORS[word], ha="right", va="bottom", weight="bold")
         ax.set_title(name)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    ticks, words = [1e-4, 1e-2, 1], ["0", "1 %", "100 %"]
-    looks = dict(xscale="log", yscale="log", xlim=(1e-4, 4), ylim=(1e-4, 4))
-    axes[0, 0].set(**looks, xticks=ticks, xticklabels=words, yticks=ticks, yticklabels=words)
+    ticks, words = [1e-4, 1e-2, 1, 1e2], ["0", "0.01", "1", "100"]
+    looks = dict(xscale="log", yscale="log", xlim=(1e-4, 1e3), ylim=(1e-4, 5))
+    axes[0, 0].set(**looks, xticks=ticks, xticklabels=words)
+    axes[0, 0].set_yticks(ticks[:3], words[:3])
     axes[0, 0].minorticks_off()
-    fig.supxlabel("norm of the filter, as a share of what it was", fontsize=9)
-    fig.supylabel("|γ|, as a share of what it was", fontsize=9)
+    fig.supxlabel("norm of the filter, as a multiple of what it was", fontsize=9)
+    fig.supylabel("|γ|, as a multiple of what it was", fontsize=9)
     return axes
