@@ -553,12 +553,13 @@ def levers(
     """Every filter as a dot, a panel a penalty: its norm to the right, the γ behind it upward.
 
     panels: name -> norms and |γ|, both as multiples of what they were, float [filters], and
-        whether a filter is kept, bool [filters]. Below 1e-4 they stand on the edge. Returns the axes.
+        whether a filter is kept, bool [filters]. What is below 1e-4 stands on the edge.
+    Returns the axes, [rows, columns].
     """
     rows = -(-len(panels) // columns)
     fig, whole = figure(title, 11, 0.9 + 2.1 * rows)
     whole.remove()
-    axes = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes: Any = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax, (name, (norms, gammas, kept)) in zip(axes.flat, panels.items()):
         x, y = (np.maximum(values.cpu().numpy(), 1e-4) for values in (norms, gammas))
         for word, flag in (("dropped", False), ("kept", True)):
