@@ -247,7 +247,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         growing_ceiling=2.5,
         growing_every=5,
         family_depth=14,
-        family_epochs=3,
+        family_epochs=2,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),
