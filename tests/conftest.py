@@ -18,6 +18,7 @@ from mslib.data.tensors import Data, Split  # noqa: E402
 
 EVERY = 25  # of the real images one is looked at; MSLIB_WHOLE_CIFAR=1: all of them
 WHOLE_CIFAR = os.environ.get("MSLIB_WHOLE_CIFAR") == "1"
+ALONE = ("tests/", "notebooks/00", "notebooks/09", "notebooks/10")  # need no other lesson
 SHARED = Path(os.environ.get("MSLIB_SHARED", "../shared"))
 
 
@@ -25,8 +26,7 @@ class ByFile(LoadFileScheduling):
     """What a process takes as a whole: a file of tests, or lessons that need each other."""
 
     def _split_scope(self, nodeid):
-        alone = nodeid.startswith("tests/") or nodeid.startswith(("notebooks/00", "notebooks/09"))
-        return super()._split_scope(nodeid) if alone else "course"
+        return super()._split_scope(nodeid) if nodeid.startswith(ALONE) else "course"
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -123,7 +123,7 @@ def test_a_stage_depends_on_its_own_and_earlier_settings(tmp_path):
     assert folder("01_baseline", tmp_path, seed=1) != base
 
 
-def test_lessons_06_to_09_depend_on_what_they_read():
+def test_lessons_06_to_10_depend_on_what_they_read():
     cfg = ms.config("quick")
     phases = {"epochs", "sparse_epochs", "sparse_lr", "finetune_epochs", "finetune_lr"}
     six = {"growing_exponent", "layer_reduction", "masked_strength"}
@@ -137,6 +137,10 @@ def test_lessons_06_to_09_depend_on_what_they_read():
     assert not {"flow_curvature", "layer_reduction"} & cfg.up_to(8).keys()
     assert {"own_lr", "reduction", "batch_size"} <= cfg.up_to(9).keys()
     assert not {"depth", "epochs", "global_strength", "method"} & cfg.up_to(9).keys()
+    ten = {"epochs", "lr", "masked_strength", "growing_ceiling", "flow_length", "finetune_lr"}
+    assert ten | {"family_depth", "reduction", "image_size", "width"} <= cfg.up_to(10).keys()
+    assert not {"depth", "sparse_epochs", "own_epochs", "method"} & cfg.up_to(10).keys()
+    assert not any("family" in name for name in cfg.up_to(9))
     assert "train_size" in cfg.up_to(1) and "train_size" not in ms.config("standard").up_to(1)
 
 
@@ -246,9 +250,9 @@ def test_published_results_are_complete_and_agree_with_themselves():
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():
     cfg = ms.config("quick")
-    told = [line for n in range(1, 10) for line in cfg.describe(n).splitlines()]
+    told = [line for n in range(1, len(NEEDS)) for line in cfg.describe(n).splitlines()]
     assert sorted(line.split()[0] for line in told) == sorted(SETTINGS)
-    assert {*SETTINGS} == {name for n in range(10) for name in cfg.up_to(n)}
+    assert {*SETTINGS} == {name for n in range(len(NEEDS)) for name in cfg.up_to(n)}
     json.dumps([cfg.up_to(int(lesson[:2])) for lesson in NEEDS])
 
 

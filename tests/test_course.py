@@ -16,6 +16,7 @@ import pandas as pd
 import papermill
 import pytest
 import torch
+import yaml
 
 import mslib as ms
 from mslib.course import lessons, results, stages
@@ -93,6 +94,35 @@ def test_run_executes_all_lessons_and_ends_with_the_scoreboard(finished, tiny):
         assert board["MACs left %"][name] <= (100 if name in whole else 36.97)
     assert {"GReg-2: fine-tuned", "feature flow: fine-tuned"} <= set(board.index)
     assert ms.stage("05_finetune", cfg).rows.epochs.unique().tolist() == [6]
+
+
+def test_lesson_10_repairs_each_relative_where_it_is_asked_to(tiny, tmp_path):
+    """As the sweep behind its table does, at settings that are not those of the stored lesson."""
+    more = dict(family_depth=14, family_epochs=1, family_repair=1, runs=tmp_path, width=0.5)
+    done = run(tiny | more, "--only", "10")
+    assert done.returncode == 0, done.stderr
+    (metrics,) = (read_json(path) for path in tmp_path.rglob("metrics.json"))
+    rows = {row["name"]: row for row in metrics["rows"]}
+    tried = {name.removesuffix(": final") for name in rows if name.endswith(": final")}
+    assert len(tried) == 12  # ten relatives and two controls, all of them cut as far
+    for name in tried:
+        assert rows[f"{name}: final"]["macs"] <= (1 - 0.6303) * rows["baseline"]["macs"]
+        assert rows[f"{name}: final"]["epochs"] == 4 + 1 + 1
+        assert metrics[f"{name}: final, test"] == rows[f"{name}: final"]["top1"]
+
+
+def test_the_table_of_lesson_10_has_every_relative_with_three_seeds():
+    table = pd.read_csv(ROOT / "data" / "reference" / "family-shapes.csv")
+    swept = yaml.safe_load((ROOT / "data" / "reference" / "family-shapes.yml").read_text())
+    assert table.seed.tolist() == swept.pop("seed") and len(table) == 3
+    for name in swept.keys() - {"lesson", "preset"}:
+        assert (table[name] == swept[name]).all()  # what it says is how it was measured
+    usual = ms.config("quick", **{k: v for k, v in swept.items() if k not in ("lesson", "preset")})
+    longer = {"family_epochs", "family_repair", "runs"}
+    assert usual.overrides().keys() <= longer  # its strengths are those of the lesson
+    tests = table[[column for column in table if column.endswith(": final, test")]]
+    assert tests.shape[1] == 12 and tests.notna().all(axis=None)
+    assert table.filter(like=": folded").notna().all(axis=None)
 
 
 def test_run_again_reuses_everything(finished, tiny, capsys):

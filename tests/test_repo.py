@@ -129,7 +129,7 @@ def test_readme_is_short():
     assert len(re.findall(r"\w[\w.'’%-]*", prose)) <= 700  # what is longer has a page in site/
 
 
-def test_lesson_09_shows_the_example_of_the_readme_and_goes_through_it():
+def test_the_recipe_of_lesson_09_is_the_example_of_the_readme():
     """One recipe, run by tests/test_wheel.py."""
     recipe = re.search(r"```python\n.*?```", README, re.S).group(0)
     (lesson,) = (path for path in LESSONS if path.name.startswith("09"))

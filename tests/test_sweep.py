@@ -1,6 +1,5 @@
 """Sweeps through real papermill and real Dask processes, on a network that takes seconds."""
 
-import functools
 import io
 import os
 import random
@@ -107,10 +106,12 @@ def killed(tmp_path_factory):
         while not finished(runs) and time.monotonic() < deadline and sweep.poll() is None:
             time.sleep(0.05)
 
+    def at_random(sweep):  # perhaps before it has a worker
+        time.sleep(lot.uniform(0.5, 15))
+
     for trial in range(KILLS):
         before, trained = finished(runs), checkpoints(runs)
-        at_random = functools.partial(time.sleep, lot.uniform(0.5, 15))  # perhaps before it has any
-        workers = kill_a_sweep(runs, (lambda _: at_random()) if trial else until_one_is_finished)
+        workers = kill_a_sweep(runs, at_random if trial else until_one_is_finished)
         assert trial or workers
         assert before.items() <= finished(runs).items()  # nothing lost, nothing repeated
         for folder, newest in checkpoints(runs).items():

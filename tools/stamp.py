@@ -200,6 +200,7 @@ QUESTIONS = {
     "07_feature_flow": "Can the features say which layers matter?",
     "08_method_comparison": "Which method for which purpose?",
     "09_your_own_network": "How do I do this with my network?",
+    "10_the_family": "What else can a penalty do, and how do I write one?",
 }
 LOGGED = re.compile(r"held-out top-1 [\d.]+ %, (\d+) s\b")  # the line that a training leaves
 TITLE = re.compile(r'"# (\d\d) · (.+?)\\n')

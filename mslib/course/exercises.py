@@ -212,3 +212,24 @@ def in_int8(weights: torch.Tensor) -> torch.Tensor:
     a column); round weights / scale, and multiply by scale."""
     scale = weights.abs().max(1, keepdim=True).values / 127
     return (weights / scale).round() * scale
+
+
+# ---- 10 · the family ---------------------------------------------------------------------------
+
+
+@exercise(
+    ({"a": torch.tensor([[3.0, 4.0], [0.0, 2.0]])}, {"a": torch.tensor([False, True])}, 0.1),
+    (
+        {"a": _FILTERS, "b": _READERS},
+        {"a": torch.tensor([True, False, True, False]), "b": torch.tensor([True, False, True])},
+        2.0,
+    ),
+    ({"a": _READERS}, {"a": torch.tensor([False, False, False])}, 0.5),
+)
+def group_lasso(
+    weights: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], strength: float
+) -> torch.Tensor:
+    """Of each layer take the dropped filters, w[~keep], as rows (flatten(1)); add up the roots of
+    their sums of squares, not the squares; then over the layers; then times the strength."""
+    norms = [w[~masks[name]].flatten(1).norm(2, 1).sum() for name, w in weights.items()]
+    return strength * torch.stack(norms).sum()

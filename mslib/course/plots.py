@@ -70,6 +70,13 @@ COLORS = {
     "length + curvature": _palette[8],
     "length": _palette[2],
     "curvature": _palette[9],
+    "trainability": "#1b7f5c",
+    "asymptotic": "#c46a9e",
+    "soft": "#a0522d",
+    "incremental": "#5b6ee1",
+    "shrinkage": "#d98200",
+    "envelope": "#008b9e",
+    "dependency": "#7a4fa3",
 }
 
 
@@ -594,3 +601,39 @@ def dots(ours: Values, published: Values, title: str, unit: str) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.margins(x=0.12)
     ax.set(xlabel=unit)
+
+
+@style()
+def levers(
+    panels: Mapping[str, tuple[Tensor, Tensor, Tensor]], title: str, columns: int = 5
+) -> np.ndarray:
+    """Every filter as a dot, a panel a penalty: its norm to the right, the γ behind it upward.
+
+    panels: name -> norms and |γ|, both as multiples of what they were, float [filters], and
+        whether a filter is kept, bool [filters]. What is below 1e-4 stands on the edge.
+    Returns the axes, [rows, columns].
+    """
+    rows = -(-len(panels) // columns)
+    fig, whole = figure(title, 11, 0.9 + 2.1 * rows)
+    whole.remove()
+    axes: Any = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax, (name, (norms, gammas, kept)) in zip(axes.flat, panels.items()):
+        x, y = (np.maximum(values.cpu().numpy(), 1e-4) for values in (norms, gammas))
+        for word, flag in (("dropped", False), ("kept", True)):
+            chosen = kept.cpu().numpy() == flag
+            looks: Any = dict(s=22, alpha=0.5, lw=0, marker="o" if flag else "X", clip_on=False)
+            ax.scatter(x[chosen], y[chosen], color=COLORS[word], zorder=3, **looks)
+            if ax is axes[0, 0]:
+                spot = (np.median(x[chosen]) / 2, np.median(y[chosen]))
+                ax.text(*spot, word, color=COLORS[word], ha="right", va="bottom", weight="bold")
+        ax.set_title(name)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    ticks, words = [1e-4, 1e-2, 1, 1e2], ["0", "0.01", "1", "100"]
+    looks = dict(xscale="log", yscale="log", xlim=(1e-4, 1e3), ylim=(1e-4, 5))
+    axes[0, 0].set(**looks, xticks=ticks, xticklabels=words)
+    axes[0, 0].set_yticks(ticks[:3], words[:3])
+    axes[0, 0].minorticks_off()
+    fig.supxlabel("norm of the filter, as a multiple of what it was", fontsize=9)
+    fig.supylabel("|γ|, as a multiple of what it was", fontsize=9)
+    return axes

@@ -34,7 +34,7 @@ def _setting(
 ) -> Any:
     """A setting that first matters to `lesson`, and to all that build on it.
 
-    `also`: of lessons 06 to 09, which build on 01, 02 or nothing, those that read it all the same.
+    `also`: of lessons 06 to 10, which build on 01, 02 or nothing, those that read it all the same.
     """
     told: Any = {"lesson": lesson, "also": also}
     return Field(default, description=doc, json_schema_extra=told, **bounds)
@@ -50,55 +50,60 @@ class Config(BaseModel):
         "cifar10",
         1,
         "shapes, cifar10, cifar100, or the path of a folder, .tar.gz or .zip",
-        also=(9,),
+        also=(9, 10),
     )
     image_size: int | None = _setting(
-        None, 1, "side of the images in pixels; None: as they are", ge=8, le=1024
+        None, 1, "side of the images in pixels; None: as they are", also=(10,), ge=8, le=1024
     )
     train_size: int = _setting(
-        4000, 1, "training images drawn (shapes only)", also=(9,), gt=0, le=1_000_000
+        4000, 1, "training images drawn (shapes only)", also=(9, 10), gt=0, le=1_000_000
     )
     test_size: int = _setting(
-        2000, 1, "test images drawn (shapes only)", also=(9,), gt=0, le=1_000_000
+        2000, 1, "test images drawn (shapes only)", also=(9, 10), gt=0, le=1_000_000
     )
     val: float = _setting(
-        0.1, 1, "share of the training images held out for choosing", also=(9,), gt=0, le=0.5
+        0.1, 1, "share of the training images held out for choosing", also=(9, 10), gt=0, le=0.5
     )
     depth: int = _setting(56, 1, "layers of the ResNet: 6n + 2", ge=8, le=1202)
     width: float = _setting(
-        1.0, 1, "channels of the ResNet, as a share of 16, 32 and 64", gt=0, le=4
+        1.0, 1, "channels of the ResNet, as a share of 16, 32 and 64", also=(10,), gt=0, le=4
     )
     seed: int = _setting(
         0,
         1,
         "of the weights, the order of the images and their augmentation",
-        also=(9,),
+        also=(9, 10),
         ge=0,
         lt=2**32,
     )
-    batch_size: int = _setting(128, 1, "images a step", also=(9,), gt=0, le=65_536)
-    weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights", also=(9,), ge=0, lt=1)
+    batch_size: int = _setting(128, 1, "images a step", also=(9, 10), gt=0, le=65_536)
+    weight_decay: float = _setting(5e-4, 1, "L2 factor on all weights", also=(9, 10), ge=0, lt=1)
     schedule: Schedule = _setting(
-        "onecycle", 1, "of the learning rate: onecycle, step or constant", also=(9,)
+        "onecycle", 1, "of the learning rate: onecycle, step or constant", also=(9, 10)
     )
-    epochs: int = _setting(30, 1, "of the baseline", gt=0, le=10_000)
-    lr: float = _setting(0.1, 1, "highest learning rate of the baseline", gt=0, le=100)
+    epochs: int = _setting(30, 1, "of the baseline", also=(10,), gt=0, le=10_000)
+    lr: float = _setting(0.1, 1, "highest learning rate of the baseline", also=(10,), gt=0, le=100)
     sparse_epochs: int = _setting(4, 2, "with a sparsity penalty", also=(6, 7), gt=0, le=10_000)
     sparse_lr: float = _setting(
-        0.02, 2, "highest learning rate with a penalty", also=(6, 7, 9), gt=0, le=100
+        0.02, 2, "highest learning rate with a penalty", also=(6, 7, 9, 10), gt=0, le=100
     )
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ", gt=0, le=1000)
-    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9,), gt=0, lt=1)
+    reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9, 10), gt=0, lt=1)
     floor: float = _setting(
-        0.125, 2, "share of its channels that each layer keeps at least", also=(7, 9), ge=0, lt=1
+        0.125,
+        2,
+        "share of its channels that each layer keeps at least",
+        also=(7, 9, 10),
+        ge=0,
+        lt=1,
     )
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(
-        2e-2, 3, "λ of the penalty on the masked-out γ", also=(6, 8), gt=0, le=1000
+        2e-2, 3, "λ of the penalty on the masked-out γ", also=(6, 8, 10), gt=0, le=1000
     )
     finetune_epochs: int = _setting(4, 5, "after the cut", also=(6, 7, 8), gt=0, le=10_000)
     finetune_lr: float = _setting(
-        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8), gt=0, le=100
+        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8, 10), gt=0, le=100
     )
     layer_reduction: dict[str, Share] = _setting(
         {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
@@ -115,13 +120,13 @@ class Config(BaseModel):
         None, 6, "of the learning rate with one; None: schedule", also=(8,)
     )
     growing_share: float = _setting(
-        0.6, 6, "share of its epochs in which the factor grows", also=(8,), gt=0, le=1
+        0.6, 6, "share of its epochs in which the factor grows", also=(8, 10), gt=0, le=1
     )
     growing_ceiling: float = _setting(
-        5.0, 6, "factor of the growing penalty where it ends", also=(8,), gt=0, le=1e6
+        5.0, 6, "factor of the growing penalty where it ends", also=(8, 10), gt=0, le=1e6
     )
     growing_every: int = _setting(
-        10, 6, "iterations between two steps of the factor", also=(8,), gt=0, le=100_000
+        10, 6, "iterations between two steps of the factor", also=(8, 10), gt=0, le=100_000
     )
     growing_exponent: float = _setting(
         0.5,
@@ -132,7 +137,7 @@ class Config(BaseModel):
         le=100,
     )
     flow_length: float = _setting(
-        1.0, 7, "k1, strength on the length of the feature flow", also=(8,), gt=0, le=1e6
+        1.0, 7, "k1, strength on the length of the feature flow", also=(8, 10), gt=0, le=1e6
     )
     flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature", gt=0, le=1e6)
     method: Method = _setting("masked", 8, "of pruning: " + ", ".join(get_args(Method)))
@@ -143,13 +148,30 @@ class Config(BaseModel):
     own_epochs: int = _setting(6, 9, "of its baseline", gt=0, le=10_000)
     own_lr: float = _setting(0.05, 9, "highest learning rate of its baseline", gt=0, le=100)
     own_sparse_epochs: int = _setting(2, 9, "with the penalty", gt=0, le=10_000)
+    family_depth: int = _setting(
+        20, 10, "layers of the ResNet that each relative gets", ge=14, le=1202
+    )
+    family_epochs: int = _setting(4, 10, "with each penalty", gt=0, le=10_000)
+    family_repair: int = _setting(
+        0, 10, "epochs after each cut, also for the controls; 0: no repair", ge=0, le=10_000
+    )
+    incremental_speed: float = _setting(
+        4.0, 10, "how many times as fast as GReg-1's an r may grow", gt=0, le=1e6
+    )
+    trainability_gram: float = _setting(
+        10.0, 10, "g, weight of the Gram matrix in trainability-preserving pruning", gt=0, le=1e6
+    )
+    envelope_strength: float = _setting(1.2, 10, "λ of the group envelope", gt=0, le=1000)
+    dependency_delta: float = _setting(
+        1e-3, 10, "step of λ in dependency-aware pruning", gt=0, le=1000
+    )
     runs: str = Field(
         default_factory=lambda: os.environ.get("MSLIB_RUNS") or "runs",
         description="folder of all runs",
         min_length=1,
     )
 
-    @field_validator("depth")
+    @field_validator("depth", "family_depth")
     @classmethod
     def _six_n_plus_two(cls, depth: int) -> int:
         if depth % 6 != 2:
@@ -190,7 +212,7 @@ class Config(BaseModel):
         if name in ("train_size", "test_size") and self.dataset != "shapes":
             return False
         told = _told(SETTINGS[name])
-        chain = {6: 1, 7: 1, 8: 2, 9: 0}.get(lesson, lesson)  # the last that it builds on
+        chain = {6: 1, 7: 1, 8: 2, 9: 0, 10: 0}.get(lesson, lesson)  # the last that it builds on
         return told["lesson"] in (*range(1, chain + 1), lesson) or lesson in told["also"]
 
     def overrides(self) -> dict[str, Any]:
@@ -224,6 +246,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         own_sparse_epochs=3,
         growing_ceiling=2.5,
         growing_every=5,
+        family_depth=14,
+        family_epochs=2,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),

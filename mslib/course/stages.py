@@ -29,6 +29,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "07_feature_flow": ("01_baseline",),
     "08_method_comparison": ("01_baseline", "02_global_sparsity"),
     "09_your_own_network": (),
+    "10_the_family": (),
 }
 ROW: dict[str, Any] = {"name": str, "top1": (int, float), "macs": int, "params": int, "epochs": int}
 
@@ -50,7 +51,8 @@ class Results:
         if "own_network" in s:
             network, epochs, lr = s["own_network"], s["own_epochs"], s["own_lr"]
         else:
-            network, epochs, lr = f"ResNet-{s['depth']}", s["epochs"], s["lr"]
+            depth = s.get("depth", s.get("family_depth"))
+            network, epochs, lr = f"ResNet-{depth}", s["epochs"], s["lr"]
         return (
             f"{self.lesson}: {s['dataset']}, {network}, {epochs} epochs at lr {lr:g}, "
             f"batch {s['batch_size']}, seed {s['seed']}; "
