@@ -112,10 +112,14 @@ def test_stored_weights_reach_the_reported_top1_on_all_real_test_images(stage, k
     assert found == pytest.approx(reported(stage, key).top1, abs=0.05)
 
 
-SWEEPS = [p for p in sorted(REFERENCE.glob("*.yml")) if "lesson" in yaml.safe_load(p.read_text())]
+METHODS = [  # sweeps of lesson 08; that of lesson 10 is tested with it
+    path
+    for path in sorted(REFERENCE.glob("*.yml"))
+    if yaml.safe_load(path.read_text()).get("lesson") == "08"
+]
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
 def test_a_comparison_is_whole_fair_and_made_as_its_file_says(path):
     wanted, table = yaml.safe_load(path.read_text()), pd.read_csv(path.with_suffix(".csv"))
     swept = [key for key, value in wanted.items() if isinstance(value, list)]
