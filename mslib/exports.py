@@ -54,12 +54,9 @@ def export(model: nn.Module, path: str | Path, example: Any, tolerance: float = 
             root: BaseException = error
             while root.__cause__:
                 root = root.__cause__
-            why = reason(root)
-            for other in tree_leaves(out):
-                if not isinstance(other, torch.Tensor) and path.suffix == ".onnx":
-                    why = (
-                        f"it returns {other!r:.60}: leave that out, make it a tensor, or take .pt2"
-                    )
+            why, others = reason(root), [t for t in tree_leaves(out) if not torch.is_tensor(t)]
+            if others and path.suffix == ".onnx":
+                why = f"it returns {others[-1]!r:.60}: leave it out, make it a tensor, or use .pt2"
             refused = f"{type(model).__name__} cannot be exported to {path.suffix}"
             raise ValueError(f"{refused}: {why}") from error
         off = difference(found, wanted)

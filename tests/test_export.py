@@ -101,9 +101,7 @@ class Also(nn.Conv2d):
 def test_onnx_holds_tensors_alone(beside, tmp_path):
     model = Also(3, 4, 1)
     model.beside = beside
-    with pytest.raises(
-        ValueError, match=f"Also cannot be .* it returns {beside!r}: leave that out"
-    ):
+    with pytest.raises(ValueError, match=f"Also cannot be .* it returns {beside!r}: leave it out"):
         ms.export(model, tmp_path / "also.onnx", IMAGE)
     assert not list(tmp_path.iterdir())
 
