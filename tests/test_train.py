@@ -4,6 +4,8 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -701,11 +703,32 @@ def test_no_bf16_where_a_strided_convolution_reads_one_pixel(monkeypatch):
     ms.fit(model, data, epochs=1, lr=0.01, batch_size=16, weight_decay=0, device="cpu")
     moved = (model[1].weight - before).abs().amax((0, 1))
     assert moved[1, 1] > 0 and moved[0].max() == 0
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("mslib.training.device._cpu_computes_in_bf16", lambda: True)
     cpu, nets = torch.device("cpu"), (model.train(), small())
     picked = [pick_precision("auto", cpu, net, data.example) for net in nets]
     assert picked == ["fp32", "bf16"] and model.training
     assert not model[1]._forward_pre_hooks
+
+
+def test_bf16_on_a_cpu_needs_its_convolutions_in_bf16_too(monkeypatch):
+    """Where oneDNN is held to AVX2, a processor with AVX-512 BF16 convolves bf16 in a slow loop."""
+    said = "import torch; from mslib.training.device import pick_precision as p; "
+    said += "net = torch.nn.Conv2d(3, 8, 3); "
+    said += "print(p('auto', torch.device('cpu'), net, torch.zeros(1, 3, 8, 8)))"
+    told = subprocess.run(
+        [sys.executable, "-c", said],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["fp32"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    cpu, net, example = torch.device("cpu"), small(), tiny_data().example
+    assert pick_precision("auto", cpu, net, example) == "bf16"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert pick_precision("auto", cpu, net, example) == "fp32"
 
 
 def test_a_network_that_branches_on_what_it_sees_is_trained(monkeypatch):
@@ -717,7 +740,7 @@ def test_a_network_that_branches_on_what_it_sees_is_trained(monkeypatch):
         def forward(self, x):
             return self.net(x if float(x.mean()) > -9 else -x)
 
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("mslib.training.device._cpu_computes_in_bf16", lambda: True)
     assert len(ms.fit(Branching(), tiny_data(), epochs=1, lr=0.01, batch_size=32)) == 1
 
 

@@ -99,17 +99,15 @@ def flows(
     A list of stretches of equal shape, each a list of tensors on the CPU, one a layer followed.
     `layers` as in FeatureFlow.
     """
-    features, training = [], model.training
+    features: Features = []
     device = next(model.parameters()).device
 
     def keep(module: nn.Module, _: Any, out: torch.Tensor) -> None:
         features.append(out.to("cpu", copy=True))
 
-    try:
-        with _hooked(followed(model, layers), keep):
-            model.eval()(images.to(device))
-    finally:
-        model.train(training)
+    with _hooked(followed(model, layers), keep) as stack:
+        stack.callback(model.train, model.training)
+        model.eval()(images.to(device))
     return runs(features)
 
 

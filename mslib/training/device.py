@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -32,24 +33,28 @@ def pick_precision(
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return "fp32"
-    return "fp32" if _strides_over_one_pixel(model, example) else "bf16"
+    bf16 = _cpu_computes_in_bf16() and not _strides_over_one_pixel(model, example)
+    return "bf16" if bf16 else "fp32"
+
+
+def _cpu_computes_in_bf16() -> bool:
+    """Whether the processor does, and oneDNN: held to AVX2, that leaves bf16 to a slow loop."""
+    on = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled  # that is oneDNN
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return known and on and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @torch.no_grad()
 def _strides_over_one_pixel(model, example):
-    found, handles, training = [], [], model.training
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
-            look = lambda _, inputs: found.append(min(inputs[0].shape[2:]) == 1)  # noqa: E731
-            handles.append(m.register_forward_pre_hook(look))
-    try:  # the network itself on the real image: it may branch on what it sees
+    found: list[bool] = []
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and max(m.kernel_size) > 1:
+                look = lambda _, inputs: found.append(min(inputs[0].shape[2:]) == 1)  # noqa: E731
+                stack.enter_context(m.register_forward_pre_hook(look))
+        # the network itself on the real image: it may branch on what it sees
         model.eval()(example.to(next(model.parameters()).device))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
     return any(found)
 
 
