@@ -30,6 +30,9 @@ def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_pa
     assert whole["dense"] == ["0", "3"] and whole["scratch"] == ["4"]
     assert len(table[table.images < 1]) == 2 and len(table[table.taught]) == 2
     assert not table.duplicated(evidence.KEY).any()
+    before = table[table.station == "before"].set_index("method")
+    assert before.dropped_open["one-shot"] == before.dropped["one-shot"] > 0  # no γ was penalized
+    assert (before.dropped_open <= before.dropped).all() and table.dropped.count() == len(before)
     after = table[~table.station.isin(["before", "0"]) & (table.method != "dense")]
     dense = table[table.method == "dense"].macs.iloc[0]
     assert (after.macs <= 0.2 * dense).all() and (after.macs > 0.1 * dense).all()

@@ -28,6 +28,7 @@ KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
 METHODS = ("one-shot", "masked", "greg-1", "global", "masked-global", "greg-2", "flow")
 EVERY = (*METHODS, "scratch", "dense")
 DEEPER = ("one-shot", "masked", "greg-1")  # also with few images and with a teacher
+OPEN = 0.01  # |γ| above which a channel is not silent
 Masks = dict[str, torch.Tensor]
 
 
@@ -146,8 +147,11 @@ class Recovery:
 
     def at_the_cut(self, method: str) -> None:
         if self.wanted(method, "before"):
-            net, _ = self.prepare(method)
-            self.measure(copy.deepcopy(net), method, "before")
+            net, masks = self.prepare(method)
+            norms = {name: net.get_submodule(name) for name in masks}
+            gammas = torch.cat([norms[name].weight.abs()[~keep] for name, keep in masks.items()])
+            found = {"dropped": len(gammas), "dropped_open": int((gammas > OPEN).sum())}
+            self.measure(copy.deepcopy(net), method, "before", **found)
         for station, fold in (("cut", False), ("folded", True)):
             if self.wanted(method, station):
                 self.measure(self.small(method, fold), method, station)
