@@ -12,6 +12,7 @@ PROTOCOL = ROOT / "data" / "reference" / "recovery-cifar10.yml"
 
 def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "METHODS", ("one-shot", "masked-global", "global"))
+    monkeypatch.setattr(evidence, "RELATIVES", ())
     monkeypatch.setattr(evidence, "DEEPER", ("one-shot",))
     data = ms.load_data("shapes", image_size=8, sizes=(120, 60))
     monkeypatch.setattr(ms, "load_data", lambda name: data)
@@ -48,6 +49,7 @@ def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_pa
     rows.to_csv(tmp_path / "recovery.csv", index=False)
     monkeypatch.undo()
     monkeypatch.setattr(evidence, "METHODS", ("one-shot",))
+    monkeypatch.setattr(evidence, "RELATIVES", ())
     monkeypatch.setattr(evidence, "DEEPER", ())
     monkeypatch.setattr(ms, "load_data", lambda name: data)
     evidence.main(words)  # finished trainings are loaded, the row is measured anew
@@ -55,3 +57,20 @@ def test_every_point_is_measured_once_and_a_second_start_measures_nothing(tmp_pa
     keys = [*evidence.KEY, "held_out", "test"]
     found, wanted = (rows[keys].sort_values(keys, ignore_index=True) for rows in (again, table))
     pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_relatives_are_measured_with_the_others(tmp_path, monkeypatch):
+    data = ms.load_data("shapes", image_size=8, sizes=(120, 60))
+    monkeypatch.setattr(ms, "load_data", lambda name: data)
+    file = tmp_path / "recovery.yml"
+    small = dict(depth=14, seed=[0], reduction=[0.8], epochs=1, prepare=2, repairs=[1])
+    file.write_text(yaml.safe_dump(yaml.safe_load(PROTOCOL.read_text()) | small))
+    words = [str(file), "--runs", str(tmp_path / "runs")]
+    evidence.main([*words, "--methods", *evidence.RELATIVES])
+    table = pd.read_csv(tmp_path / "recovery.csv", dtype={"station": str})
+    curves = table.groupby("method").station.agg(list)
+    assert curves.to_dict() == dict.fromkeys(evidence.RELATIVES, ["before", "cut", "folded", "1"])
+    assert table[table.station == "folded"].macs.nunique() == 1  # the same share of every layer
+    for method in evidence.RELATIVES:
+        penalty = next((tmp_path / "runs").glob(f"*/0.8/{method}/penalty.pt"))
+        assert penalty.is_file()

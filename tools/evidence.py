@@ -26,7 +26,8 @@ from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
 METHODS = ("one-shot", "masked", "greg-1", "global", "masked-global", "greg-2", "flow")
-EVERY = (*METHODS, "scratch", "dense")
+RELATIVES = ("trainability", "incremental", "shrinkage")  # of lesson 10
+EVERY = (*METHODS, *RELATIVES, "scratch", "dense")
 DEEPER = ("one-shot", "masked", "greg-1")  # also with few images and with a teacher
 OPEN = 0.01  # |γ| above which a channel is not silent
 Masks = dict[str, torch.Tensor]
@@ -111,9 +112,11 @@ class Recovery:
             pace = ms.GrowingL2.pace(rates, s["growing_ceiling"], exponent=s["growing_exponent"])
             share = {name: float((~keep).float().mean()) for name, keep in masks.items()}
             penalty = ms.GrowingL2(net, example, reduction=share, **pace)
+        elif method in RELATIVES:
+            penalty = self.relative(method, net, masks, rates)
         if penalty:
             self.fit(net, s["prepare"], run, penalty=penalty)
-        if method == "greg-2":
+        if method in ("greg-2", "incremental", "shrinkage"):  # they choose on the way
             masks = penalty.masks
         elif method == "global":
             masks = self.cut(net)
@@ -121,6 +124,18 @@ class Recovery:
             masks = self.cut(net, ms.outgoing_norms(net, example))
         self.prepared[method] = net, masks
         return net, masks
+
+    def relative(self, method: str, net: nn.Module, masks: Masks, rates: Any) -> ms.Penalty:
+        """The penalty of a relative, as lesson 10 sets it."""
+        s, example = self.s, self.data.example
+        share = {name: float((~keep).float().mean()) for name, keep in masks.items()}
+        if method == "shrinkage":
+            return ms.SoftShrinkage(net, example, reduction=share)
+        pace: dict[str, Any] = ms.GrowingL2.pace(rates, s["growing_ceiling"])
+        if method == "incremental":
+            pace["delta"] *= s["incremental_speed"]
+            return ms.Incremental(net, example, reduction=share, **pace)
+        return ms.Trainability(net, example, masks, gram=s["trainability_gram"], **pace)
 
     def small(self, method: str, fold: bool = True) -> nn.Module:
         net, masks = self.prepare(method)
@@ -202,6 +217,10 @@ class Recovery:
                 yield method, partial(self.repaired, method, epochs)
         for method in METHODS:
             yield method, partial(self.repaired, method, last)
+        for method in RELATIVES:
+            yield method, partial(self.at_the_cut, method)
+            for epochs in self.s["repairs"]:
+                yield method, partial(self.repaired, method, epochs)
         yield "one-shot", partial(self.repaired, "one-shot", self.s["prepare"] + last)
         yield "scratch", self.scratch
         yield "dense", self.dense
