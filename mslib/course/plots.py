@@ -142,14 +142,19 @@ def color(name: str) -> Any:
 
 @style()
 def figure(
-    title: str, width: float = 8.0, height: float = 3.4, columns: int = 1, **kwargs: Any
+    title: str,
+    width: float = 8.0,
+    height: float = 3.4,
+    columns: int = 1,
+    rows: int = 1,
+    **kwargs: Any,
 ) -> tuple[Figure, Any]:
-    """A figure with `columns` axes and the message `title`; returns (figure, axes)."""
+    """A figure of rows × columns axes and the message `title`; returns (figure, axes)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         shell.display_formatter.formatters["image/png"].for_type(Drawing, _with_text)
     looks: dict[str, Any] = dict(layout="constrained", FigureClass=Drawing, **kwargs)
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), **looks)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), **looks)
     fig.suptitle(title, fontsize=12, fontweight="bold")
     return fig, axes
 
@@ -543,8 +548,9 @@ def filter_sizes(
         left.fill_between(steps, low, high, color=ink, alpha=0.2, lw=0)
         now = int(np.abs(steps - step).argmin())
         columns[f"{name}:\ndropped"] = gone[now], ink
-    left.plot(steps, np.median(shares[name][:, keep], axis=1), color=COLORS["kept"], lw=2)
-    columns["kept"] = shares[name][now][keep], COLORS["kept"]
+    stayed = [*shares.values()][-1][:, keep]  # of the last run
+    left.plot(steps, np.median(stayed, axis=1), color=COLORS["kept"], lw=2)
+    columns["kept"] = stayed[now], COLORS["kept"]
     for x, (found, ink) in enumerate(columns.values()):
         aside = x + 0.35 * np.sin(np.arange(len(found)))  # so that dots do not hide each other
         right.plot(aside, found, ".", ms=5, color=ink, alpha=0.6)
@@ -614,9 +620,8 @@ def levers(
     Returns the axes, [rows, columns].
     """
     rows = -(-len(panels) // columns)
-    fig, whole = figure(title, 11, 0.9 + 2.1 * rows)
-    whole.remove()
-    axes: Any = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    alike = dict(sharex=True, sharey=True, squeeze=False)
+    fig, axes = figure(title, 11, 0.9 + 2.1 * rows, columns, rows, **alike)
     for ax, (name, (norms, gammas, kept)) in zip(axes.flat, panels.items()):
         x, y = (np.maximum(values.cpu().numpy(), 1e-4) for values in (norms, gammas))
         for word, flag in (("dropped", False), ("kept", True)):
