@@ -608,7 +608,7 @@ def test_frozen_statistics_stay_and_weights_move():
 def test_it_learns(precision):
     data = ms.load_data("shapes", image_size=8, sizes=(1000, 300))
     model = small(classes=10)
-    ms.fit(model, data, epochs=4, lr=0.2, batch_size=20, precision=precision)
+    ms.fit(model, data, epochs=8, lr=0.2, batch_size=20, precision=precision)
     assert ms.evaluate(model, data.test) > 25  # chance is 10
 
 
@@ -661,9 +661,11 @@ def test_a_plain_penalty_may_have_a_step():
 COMPILER = (shutil.which("g++") or shutil.which("clang++")) and Path(
     sysconfig.get_path("include"), "Python.h"
 ).exists()
+# under ATEN_CPU_CAPABILITY=default the C++ that torch.compile writes does not compile (torch 2.14)
+COMPILER = COMPILER and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
-@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
+@pytest.mark.skipif(not COMPILER, reason="torch.compile does not work here")
 def test_a_captured_step_learns_the_same(monkeypatch):
     def network():
         torch.manual_seed(0)
