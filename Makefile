@@ -12,9 +12,11 @@ run: .venv/ready
 	$(BIN)/python -m mslib run $(ARGS)
 
 # two processes with a thread each: of all ways to use two cores, the one that spends least on waiting
+# torch.compile's cache is new: an old one may hold code for instructions that are switched off now
 test: .venv/ready
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	MSLIB_RUNS=$$runs MSLIB_PRESET=quick MSLIB_KEEP_MEMORY=1 OMP_NUM_THREADS=1 \
+	TORCHINDUCTOR_CACHE_DIR=$$runs/compiled \
 	$(BIN)/python -m pytest -q -n 2 -p no:cacheprovider --nbval notebooks tests
 
 lab: .venv/ready
