@@ -15,11 +15,11 @@ Three floors, in the order in which one reads them:
 
 `recipes` join them: sensitivity; cut_schedule, prune_gradually.
 
-They stand on `data` (load_data, load_folder, Data, Split, normalize), `networks` (resnet, vgg,
-network, untrained, save, load), `costs` (cost, latency), `exports` (export, OnnxNetwork) and
-`quantization` (quantize). Above them, loaded only when asked for, is the `course` (config, stage,
-require, data_of, image_folder, reference, published, scoreboard, decisions, tables, plots,
-diagrams, exercises).
+They stand on `data` (load_data, load_folder, Data, Split, normalize, steps_per_epoch), `networks`
+(resnet, vgg, network, untrained, save, load), `costs` (cost, latency), `exports` (export,
+OnnxNetwork) and `quantization` (quantize). Above them, loaded only when asked for, is the `course`
+(config, stage, require, data_of, image_folder, reference, recovery, published, scoreboard,
+decisions, tables, plots, diagrams, exercises).
 """
 
 from importlib import import_module
@@ -27,7 +27,7 @@ from typing import Any
 
 from .costs import cost, latency
 from .data.sources import load_data, load_folder
-from .data.tensors import Data, Split, normalize
+from .data.tensors import Data, Split, normalize, steps_per_epoch
 from .exports import OnnxNetwork, export
 from .networks import PaddedShortcut, load, network, resnet, save, untrained, vgg
 from .penalties.base import HoldZero, Penalty
@@ -66,6 +66,7 @@ _COURSE = {  # name -> the module of the course that has it
     "image_folder": "images",
     "plots": "plots",
     "published": "results",
+    "recovery": "results",
     "reference": "results",
     "require": "lessons",
     "scoreboard": "results",
@@ -128,6 +129,7 @@ __all__ = [
     "save",
     "save_masks",
     "sensitivity",
+    "steps_per_epoch",
     "taylor_scores",
     "untrained",
     "vgg",

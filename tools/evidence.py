@@ -21,12 +21,12 @@ import yaml
 from torch import nn
 
 import mslib as ms
-from mslib.data.tensors import steps_per_epoch
 from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
 METHODS = ("one-shot", "masked", "greg-1", "global", "masked-global", "greg-2", "flow")
 RELATIVES = ("trainability", "incremental", "shrinkage")  # of lesson 10
+FILTERS = ("greg-1", "greg-2", *RELATIVES)  # methods with a penalty on filters
 EVERY = (*METHODS, *RELATIVES, "scratch", "dense")
 DEEPER = ("one-shot", "masked", "greg-1")  # also with few images and with a teacher
 OPEN = 0.01  # |γ| above which a channel is not silent
@@ -87,12 +87,11 @@ class Recovery:
         if method in self.prepared:
             return self.prepared[method]
         s, net, example = self.s, self.baseline(), self.data.example
-        steps = s["prepare"] * steps_per_epoch(self.data.train, 128)
+        steps = s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
         rates = ms.learning_rates(s["repair_lr"], steps)
         reach = ms.push(1.0, s["repair_lr"], steps)
         penalty: Any = None
         masks: Any = None  # until it is known what to cut
-        pace: Any
         run = self.runs / method
         if method == "global":
             penalty, run = ms.GlobalL1(net, example, s["global_push"] / reach), self.shared / method
@@ -105,15 +104,8 @@ class Recovery:
             masks = self.uniform()
         if method == "masked":
             penalty = ms.MaskedL1(net, masks, s["masked_push"] / reach)
-        elif method == "greg-1":
-            pace = ms.GrowingL2.pace(rates, s["growing_ceiling"])
-            penalty = ms.GrowingL2(net, example, masks, **pace)
-        elif method == "greg-2":
-            pace = ms.GrowingL2.pace(rates, s["growing_ceiling"], exponent=s["growing_exponent"])
-            share = {name: float((~keep).float().mean()) for name, keep in masks.items()}
-            penalty = ms.GrowingL2(net, example, reduction=share, **pace)
-        elif method in RELATIVES:
-            penalty = self.relative(method, net, masks, rates)
+        elif method in FILTERS:
+            penalty = self.on_filters(method, net, masks, rates)
         if penalty:
             self.fit(net, s["prepare"], run, penalty=penalty)
         if method in ("greg-2", "incremental", "shrinkage"):  # they choose on the way
@@ -125,17 +117,23 @@ class Recovery:
         self.prepared[method] = net, masks
         return net, masks
 
-    def relative(self, method: str, net: nn.Module, masks: Masks, rates: Any) -> ms.Penalty:
-        """The penalty of a relative, as lesson 10 sets it."""
+    def on_filters(self, method: str, net: nn.Module, masks: Masks, rates: Any) -> ms.Penalty:
+        """A penalty on filters: on those that `masks` drop, or as many of its own choice."""
         s, example = self.s, self.data.example
         share = {name: float((~keep).float().mean()) for name, keep in masks.items()}
         if method == "shrinkage":
             return ms.SoftShrinkage(net, example, reduction=share)
-        pace: dict[str, Any] = ms.GrowingL2.pace(rates, s["growing_ceiling"])
+        grow: Any = partial(ms.GrowingL2.pace, rates, s["growing_ceiling"])
+        if method == "greg-2":
+            pace = grow(exponent=s["growing_exponent"])
+            return ms.GrowingL2(net, example, reduction=share, **pace)
+        pace = grow()
         if method == "incremental":
             pace["delta"] *= s["incremental_speed"]
             return ms.Incremental(net, example, reduction=share, **pace)
-        return ms.Trainability(net, example, masks, gram=s["trainability_gram"], **pace)
+        if method == "trainability":
+            return ms.Trainability(net, example, masks, gram=s["trainability_gram"], **pace)
+        return ms.GrowingL2(net, example, masks, **pace)
 
     def small(self, method: str, fold: bool = True) -> nn.Module:
         net, masks = self.prepare(method)
@@ -163,10 +161,10 @@ class Recovery:
     def at_the_cut(self, method: str) -> None:
         if self.wanted(method, "before"):
             net, masks = self.prepare(method)
-            norms = {name: net.get_submodule(name) for name in masks}
-            gammas = torch.cat([norms[name].weight.abs()[~keep] for name, keep in masks.items()])
-            found = {"dropped": len(gammas), "dropped_open": int((gammas > OPEN).sum())}
-            self.measure(copy.deepcopy(net), method, "before", **found)
+            found = ms.gammas(net, self.data.example)
+            gammas = torch.cat([found[name][~keep] for name, keep in masks.items()])
+            counts = {"dropped": len(gammas), "dropped_open": int((gammas > OPEN).sum())}
+            self.measure(copy.deepcopy(net), method, "before", **counts)
         for station, fold in (("cut", False), ("folded", True)):
             if self.wanted(method, station):
                 self.measure(self.small(method, fold), method, station)

@@ -33,6 +33,16 @@ def reference(name: str = "resnet56-cifar10") -> dict[str, Results]:
     raise FileNotFoundError(f"no reference {name!r}; there are: {', '.join(known) or 'none'}")
 
 
+def recovery() -> pd.DataFrame:
+    """The recovery curves on CIFAR-10, of all training images and no teacher, a row a measurement.
+
+    What a cut costs and what repairs it: `station` says when `test` and `held_out` were measured,
+    "before" the cut, "cut", "folded", or the epochs of training, as text.
+    """
+    table = pd.read_csv(tables() / "reference" / "recovery-cifar10.csv", dtype={"station": str})
+    return table[(table.images == 1) & ~table.taught].reset_index(drop=True)
+
+
 def published(network: str, dataset: str = "CIFAR-10") -> pd.DataFrame:
     """Published results of `network`, a row a method, in percent.
 

@@ -166,6 +166,7 @@ def batches(
 
 
 def steps_per_epoch(split: Split | DataLoader, size: int) -> int:
+    """An epoch's steps in batches of `size` images; a DataLoader has batches of its own."""
     return max(1, len(split) // size) if isinstance(split, Split) else len(split)
 
 

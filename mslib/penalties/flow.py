@@ -100,14 +100,13 @@ def flows(
     `layers` as in FeatureFlow.
     """
     features: Features = []
-    device = next(model.parameters()).device
 
     def keep(module: nn.Module, _: Any, out: torch.Tensor) -> None:
         features.append(out.to("cpu", copy=True))
 
     with _hooked(followed(model, layers), keep) as stack:
         stack.callback(model.train, model.training)
-        model.eval()(images.to(device))
+        model.eval()(images.to(next(model.parameters()).device))
     return runs(features)
 
 

@@ -45,12 +45,7 @@ class Trainability(Filters):
     ):
         if masks is None:
             raise ValueError("masks=None: give what is to go, such as ms.masks_for_ratio makes")
-        settings: dict[str, float] = {
-            "gram": gram,
-            "delta": delta,
-            "every": every,
-            "ceiling": ceiling,
-        }
+        settings: dict[str, float] = dict(gram=gram, delta=delta, every=every, ceiling=ceiling)
         super().__init__(model, example, None, settings, masks)
         self.factor = 0.0
         self.norms: dict[str, Any] = {name: self.graph.modules[name] for name in masks}
