@@ -60,6 +60,7 @@ COLORS = {
     "shared": "#7b5ea7",  # channels that an addition ties together
     "one-shot": _palette[5],
     "repair only": _palette[5],  # lesson 05's one-shot
+    "unprepared": _palette[5],
     "constant": _palette[7],
     "greg-1": _palette[9],
     "greg-2": _palette[6],
