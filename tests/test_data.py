@@ -501,3 +501,25 @@ def test_the_cifar_copy(cifar, few_cifar, monkeypatch, tmp_path):
     assert data.test.labels.bincount().tolist() == [1000 // share] * 10
     assert data.classes == tuple(classes) and data.input_shape == (3, 32, 32)
     assert 100 < float(data.train.images[:5000].float().mean()) < 140
+
+
+@pytest.mark.parametrize("where", ["in memory", "while it trains"])
+def test_steps_per_epoch_are_those_that_fit_takes(folder, where):
+    """A strength that is chosen by its push depends on this number."""
+    if where == "in memory":
+        data = ms.load_data(folder)
+    else:
+        data = ms.load_folder(folder, 12, batch_size=4, workers=0)
+
+    class Counts(ms.Penalty):
+        steps = 0
+
+        def __call__(self):
+            return torch.zeros(())
+
+        def step(self, iteration):
+            self.steps += 1
+
+    counts = Counts()
+    ms.fit(ms.resnet(8, 2), data, epochs=2, lr=0.01, batch_size=4, penalty=counts)
+    assert counts.steps == 2 * ms.steps_per_epoch(data.train, 4) > 2

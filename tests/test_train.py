@@ -634,6 +634,9 @@ def test_evaluate_is_top1_in_percent_and_keeps_the_mode():
     model = Constant().train()
     assert ms.evaluate(model, tiny_data(50).test, batch_size=7) == 100 * 16 / 50
     assert model.training
+    with pytest.raises(AttributeError):
+        ms.evaluate(model, [(None, None)])
+    assert model.training
 
 
 def test_a_training_set_smaller_than_a_batch():
@@ -778,6 +781,24 @@ def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is():
     means = model.conv(x).detach().mean((0, 2, 3))
     assert float((model.bn.running_mean - means).abs().max()) < 0.3
     assert float((model.bn.running_mean + 3 - means).abs().max()) > 0.3
+
+
+@pytest.mark.parametrize(
+    "split, images, message",
+    [
+        ([], 2000, "no image for new statistics"),
+        (None, 0, "no image for new statistics: images=0"),
+        ([torch.rand(4, 3, 8, 8), torch.rand(4, 5, 8, 8)], 256, "to have 3 channels, but got 5"),
+    ],
+)
+def test_recalibrate_leaves_the_network_alone_where_it_cannot_be_done(split, images, message):
+    data, model = ms.load_data("shapes", image_size=8, sizes=(200, 50)), small(classes=10)
+    ms.recalibrate(model, data.train)
+    before, moment = copy.deepcopy(model.state_dict()), model.bn.momentum
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ms.recalibrate(model, data.train if split is None else split, images)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.bn.momentum == moment is not None and model.training
 
 
 def test_recalibrate_draws_the_same_from_a_loader_each_time():

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -280,16 +280,15 @@ class _Training:
 def evaluate(model: nn.Module, split: Split | Iterable, batch_size: int = 500) -> float:
     """Top-1 in percent of `model` on a `Split` or a DataLoader, in evaluation mode.
 
-    Afterwards all of the network is in the mode that `model` was in.
-    Raises ValueError where there is no image.
+    Afterwards all of the network is in the mode that `model` was in. ValueError without an image.
     """
-    device, training = next(model.parameters()).device, model.training
-    correct = seen = 0
-    model.eval()
-    for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
-        correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
-        seen += len(y)
-    model.train(training)
+    device, correct, seen = next(model.parameters()).device, 0, 0
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
+            correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
+            seen += len(y)
     if not seen:
         raise ValueError("no image to evaluate on: the split or DataLoader is empty")
     return 100 * int(correct) / seen
@@ -307,18 +306,22 @@ def recalibrate(
     After a cut they are still those of the full network. No weight changes, no label is used.
     split: `images` are drawn from it by `seed`; of a DataLoader, its first batches after
         `torch.manual_seed(seed)` are taken, `images` // `batch_size` of them.
-    Returns `model`.
+    Returns `model`. ValueError where there is no image; on an error `model` stays as it was.
     """
+    trial, device = copied(model), next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if isinstance(split, Split):
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-            few = split.subset(order[:images]).to(next(model.parameters()).device)
-            drawn = torch.Generator().manual_seed(seed)
-            loader = batches(few, min(batch_size, len(few)), drawn)
+            few, drawn = split.subset(order[:images]).to(device), torch.Generator()
+            loader = batches(few, max(1, min(batch_size, len(few))), drawn.manual_seed(seed))
         else:
             loader = itertools.islice(split, max(1, images // batch_size))
-        torch.optim.swa_utils.update_bn(loader, model, next(model.parameters()).device)
+        first = next(loader := iter(loader), None) if images > 0 else None
+        if first is None:
+            raise ValueError(f"no image for new statistics: {images=}, or the split is empty")
+        torch.optim.swa_utils.update_bn(itertools.chain([first], loader), trial, device)
+    model.load_state_dict(trial.state_dict())
     return model
 
 
