@@ -139,9 +139,8 @@ def latency(
     Milliseconds are of this machine at this moment: compare two networks in one session.
     Raises RuntimeError where torch.compile cannot do its work, ValueError for a wrong example.
     """
-    with quiet("torch.utils.cpp_extension"):  # it looks for a CUDA compiler, in vain
-        from torch.utils.benchmark import Timer
-
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds={seconds}: expected a number above 0, such as 1.0")
     args, kwargs = as_inputs(example)
     run: Any
     if isinstance(model, (str, Path)):
@@ -149,6 +148,8 @@ def latency(
     else:
         run, args, kwargs = _deployed(unwrap(model), args, kwargs)
     with quiet("torch.utils.cpp_extension"):  # it looks for a CUDA compiler, in vain
+        from torch.utils.benchmark import Timer
+
         if compiled:
             torch.compiler.reset()  # after eight networks it would give up
             run = torch.compile(run, options={"freezing": True})

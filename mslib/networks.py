@@ -47,6 +47,8 @@ def as_inputs(example: Any) -> tuple[tuple, dict]:
     """(positional, keyword) inputs that an example means: a tensor, tuple, list or dict."""
     if isinstance(example, torch.Tensor):
         example = (example,)
+    if (sizes := [len(t) for t in tensors_in(example) if t.ndim]) and not any(sizes):
+        raise ValueError("the example holds no image: its first size is 0")
     if isinstance(example, (tuple, list)) and example:
         return tuple(example), {}
     if isinstance(example, dict) and example:

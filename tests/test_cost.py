@@ -216,3 +216,16 @@ def test_latency_says_when_nothing_can_be_compiled(monkeypatch):
     message = "cannot compile ResNet here: no C.. compiler; install g.., or leave compiled=False"
     with pytest.raises(RuntimeError, match=message):
         ms.latency(ms.resnet(8), torch.randn(2, 3, 8, 8), compiled=True)
+
+
+@pytest.mark.parametrize("look", [ms.cost, ms.channel_groups, ms.latency, ms.flows])
+def test_an_example_without_an_image_is_refused(look):
+    """Its MACs would be 0."""
+    with pytest.raises(ValueError, match="holds no image: its first size is 0"):
+        look(ms.resnet(8), CIFAR[:0])
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_time_to_measure_that_never_ends_is_refused(seconds):
+    with pytest.raises(ValueError, match=f"seconds={seconds}: expected a number above 0"):
+        ms.latency(ms.resnet(8), CIFAR, seconds)

@@ -220,7 +220,7 @@ def test_no_layer_goes_below_the_floor(residual, caplog):
         ValueError, match="out of reach: with 90.0% of the channels left in each layer"
     ):
         ms.masks_for_macs(graph, None, 0.4, residual, floor=0.9)
-    with pytest.raises(ValueError, match="floor 1.5: the share"):
+    with pytest.raises(ValueError, match="floor 1.5: expected a share from 0 to below 1"):
         ms.masks_for_macs(graph, None, 0.4, floor=1.5)
 
 
@@ -253,3 +253,32 @@ def test_layers_keep_multiples_of_round_to(residual):
         ms.masks_for_macs(graph, None, 0.9, round_to=48)
     with pytest.raises(ValueError, match="round_to=0: "):
         ms.masks_for_macs(graph, None, 0.4, round_to=0)
+
+
+@pytest.mark.parametrize("where", ["given scores", "gamma of the network", "places", "weights"])
+def test_a_score_that_is_nan_chooses_nothing(where):
+    """Sorted, a nan has a place like any number: the cut would be of no meaning, in silence."""
+    model = lively(ms.resnet(8))
+    scores = ms.gammas(model, X)
+    if where == "weights":
+        scores = ms.weight_norms(model)
+    name = [*scores][1]
+    scores[name].view(-1)[3] = math.nan
+    with torch.no_grad():
+        model.stage2[0].bn1.weight[3] = math.nan
+    makers = {
+        "given scores": [ms.masks_for_macs, ms.masks_for_ratio],
+        "gamma of the network": [ms.masks_for_macs, ms.masks_for_ratio, ms.masks_below],
+        "places": [lambda *_, scores: ms.ranked_scores(model, scores, X)],
+        "weights": [lambda *_, scores: ms.masks_for_ratio(model, X, 0.5, scores)],
+    }
+    given = {} if where == "gamma of the network" else {"scores": scores}
+    for make in makers[where]:
+        with pytest.raises(ValueError, match=f"a score of {name!r} is nan: has the network"):
+            make(model, X, 0.5, **given)
+
+
+@pytest.mark.parametrize("value", [0, -8, 2.5])
+def test_a_multiple_that_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match=f"round_to={value}: each layer keeps a multiple"):
+        ms.masks_for_macs(lively(ms.resnet(8)), X, 0.5, round_to=value)

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -115,6 +116,12 @@ BAD_MASKS = {
     "masks are a NoneType; expected a dict": None,
     "the masks keep every channel": {},
 }
+
+
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])
+def test_push_of_a_strength_that_no_penalty_has(strength):
+    with pytest.raises(ValueError, match=f"strength {strength}: λ is a number"):
+        ms.push(strength, 0.1, 10)
 
 
 @pytest.mark.parametrize("message", BAD_MASKS)

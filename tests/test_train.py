@@ -464,7 +464,7 @@ def test_a_run_of_another_version_is_refused_but_its_history_is_read(finished, t
 def test_data_that_cannot_be_told_from_others_need_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Data, "fingerprint", None)
     assert len(ms.fit(small(), tiny_data(), **FAST)) == 2
-    with pytest.raises(ValueError, match="these data cannot be told .*without a run folder"):
+    with pytest.raises(ValueError, match="these data have no identity: .*without a run folder"):
         ms.fit(small(), tiny_data(), **FAST, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -619,6 +619,26 @@ def test_schedules():
     assert rates[:20].diff().min() > 0 and rates[21:].diff().max() < 0
     with pytest.raises(ValueError, match="'cosin'.*onecycle"):
         ms.learning_rates(1.0, 8, "cosin")
+    for lr, steps in ((-1.0, 8), (float("nan"), 8), (float("inf"), 8), (1.0, 0), (1.0, 2.5)):
+        with pytest.raises(ValueError, match=f"lr={lr}, steps={steps}: expected a number from 0"):
+            ms.learning_rates(lr, steps)
+
+
+def test_evaluate_refuses_a_network_that_has_diverged():
+    """The largest of its outputs would be the first nan: one class for every image."""
+    model = small()
+    with torch.no_grad():
+        model.fc.bias[1] = float("nan")
+    with pytest.raises(ValueError, match="outputs are nan: the network has diverged"):
+        ms.evaluate(model, tiny_data().test)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_without_an_image_is_refused(size):
+    data, model = tiny_data(), small()
+    for look in (ms.evaluate, lambda *a: ms.taylor_scores(*a[:2], data.example, batch_size=a[2])):
+        with pytest.raises(ValueError, match=f"batch_size={size}: a batch holds at least one"):
+            look(model, data.test, size)
 
 
 def test_evaluate_is_top1_in_percent_and_keeps_the_mode():
@@ -787,7 +807,7 @@ def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is():
     "split, images, message",
     [
         ([], 2000, "no image for new statistics"),
-        (None, 0, "no image for new statistics: images=0"),
+        (None, 0, "images=0, batch_size=128: both are at least 1"),
         ([torch.rand(4, 3, 8, 8), torch.rand(4, 5, 8, 8)], 256, "to have 3 channels, but got 5"),
     ],
 )

@@ -55,9 +55,7 @@ def _open(content: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header only
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(
-            f"{width}×{height} pixels; at most {MAX_PIXELS:,} are read, save it smaller"
-        )
+        raise ValueError(f"{width}×{height} pixels; at most {MAX_PIXELS:,} are read: shrink it")
     if image.format == "PNG":
         image.verify()  # the checksums; an image is of no use after that
         image = Image.open(io.BytesIO(content), formats=FORMATS)

@@ -150,6 +150,8 @@ def batches(
     if not isinstance(split, Split):
         yield from split
         return
+    if size < 1:
+        raise ValueError(f"batch_size={size}: a batch holds at least one image; 100 are usual")
     if generator is None:
         for i in range(0, len(split), size):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]

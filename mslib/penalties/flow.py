@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..networks import call
 from .base import Penalty
 
 Features = list[torch.Tensor]  # [N, C, H, W] each
@@ -106,7 +107,7 @@ def flows(
 
     with _hooked(followed(model, layers), keep) as stack:
         stack.callback(model.train, model.training)
-        model.eval()(images.to(next(model.parameters()).device))
+        call(model.eval(), images)
     return runs(features)
 
 

@@ -100,9 +100,7 @@ class MaskedL1(_GammaL1):
     """
 
     def __init__(self, model: nn.Module, masks: Masks, strength: float, proximal: bool = False):
-        check_shapes(
-            masks, {n: m.weight.shape for n, m in batch_norms(model)}, "BatchNorm with a γ"
-        )
+        check_shapes(masks, {n: m.weight.shape for n, m in batch_norms(model)}, "BatchNorm with γ")
         if all(mask.all() for mask in masks.values()):
             raise ValueError("the masks keep every channel: there is nothing to penalize")
         super().__init__(model, {n: ~keep for n, keep in masks.items()}, strength, proximal)
@@ -112,5 +110,8 @@ def push(strength: float, lr: float, steps: int, schedule: str = "onecycle") -> 
     """How far λ can move one γ in a run of `steps` iterations: Σ lr·λ / (1 - momentum).
 
     γ starts near 0.5 to 1. A run whose push is well below that cannot drive channels to zero.
+    Raises ValueError for values that no run can have.
     """
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength {strength}: λ is a number above 0, for example 1e-4")
     return float(learning_rates(lr, steps, schedule).sum()) * strength / (1 - MOMENTUM)

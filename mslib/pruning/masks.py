@@ -123,9 +123,7 @@ def masks_for_ratio(
     channels = all(s.ndim == 1 for s in scores.values())  # of channels, not of weights
     for prefix, fraction in each.items():
         if not 0 <= fraction < 1:
-            raise ValueError(
-                f"reduction {fraction}: the share to remove lies between 0 and 1, for example 0.5"
-            )
+            raise ValueError(f"reduction {fraction}: the share to remove lies between 0 and 1")
         if not any(_within(name, prefix) for name in scores):
             some = ", ".join(list(scores)[:3])
             raise ValueError(f"reduction for {prefix!r}: no such layer; there are {some} …")
@@ -133,6 +131,8 @@ def masks_for_ratio(
     scores = shared_scores(graph, scores) if graph else scores
     masks = {}
     for name, s in scores.items():
+        if s.isnan().any():
+            raise ValueError(f"a score of {name!r} is nan: has the network diverged?")
         fraction = each.get(max((p for p in each if _within(name, p)), key=len, default=""), 0)
         count = min(math.ceil(fraction * s.numel()), s.numel() - 1)
         mask = torch.ones(s.numel(), dtype=torch.bool)
@@ -184,17 +184,11 @@ def remaining_macs(graph: ChannelGraph, masks: Masks, layers: dict[str, int]) ->
 
 def _check_goal(reduction: float, floor: float, round_to: int) -> None:
     if not 0 < reduction < 1:
-        raise ValueError(
-            f"reduction {reduction}: the fraction of MACs to remove is between 0 and 1, such as 0.5"
-        )
+        raise ValueError(f"reduction {reduction}: expected a share of the MACs, such as 0.5")
     if not 0 <= floor < 1:
-        raise ValueError(
-            f"floor {floor}: the share that each layer keeps lies between 0 and 1, for example 0.1"
-        )
-    if round_to < 1:
-        raise ValueError(
-            f"round_to={round_to}: each layer keeps a multiple of it; 1 or more, such as 8"
-        )
+        raise ValueError(f"floor {floor}: expected a share from 0 to below 1, such as 0.1")
+    if round_to != int(round_to) or round_to < 1:
+        raise ValueError(f"round_to={round_to}: each layer keeps a multiple of it, such as 8")
 
 
 def _told_apart(found: Scores) -> Scores:

@@ -6,7 +6,7 @@ import torch
 
 from .graph import ChannelGraph, Network, as_graph
 from .groups import members
-from .scores import Scores, check_scores, shared_scores
+from .scores import Scores, shared_scores
 
 WITHIN = ("layer", "structure")
 
@@ -27,12 +27,11 @@ def ranked_scores(
     before and behind them (isomorphic pruning, Fang et al., ECCV 2024, section 3): inner channels
     of residual blocks compete with each other, and not with those of a residual stage.
     example: what the network's forward takes (left out if `model` is a `ChannelGraph`).
-    Raises ValueError for another `within`, or scores that fit no BatchNorm.
+    Raises ValueError for another `within`, or scores that fit no BatchNorm or are nan.
     """
     if within not in WITHIN:
         raise ValueError(f"within={within!r}: expected one of {', '.join(WITHIN)}")
     graph = as_graph(model, example)
-    check_scores(graph, scores)
     places, worth = torch.zeros(2, len(graph.root))
     for name, s in shared_scores(graph, scores).items():
         worth[graph.root[graph.norms[name]]] = s

@@ -126,7 +126,7 @@ def filters(layer: Any) -> torch.Tensor:
 
 
 def check_scores(graph: ChannelGraph, scores: Scores) -> None:
-    """ValueError for scores of a BatchNorm that the network lacks, or of another width."""
+    """ValueError for scores of a BatchNorm that the network lacks, of another width, or nan."""
     for name, s in scores.items():
         if name not in graph.norms:
             hint = nearest(name, graph.norms)
@@ -134,10 +134,13 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
         if s.shape != graph.norms[name].shape:
             found, wanted = list(s.shape), list(graph.norms[name].shape)
             raise ValueError(f"scores for {name!r} have shape {found}; the layer has {wanted}")
+        if s.isnan().any():
+            raise ValueError(f"a score of {name!r} is nan: has the network diverged?")
 
 
 def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:
     """A channel that several BatchNorms scale is worth what the one says that values it most."""
+    check_scores(graph, scores)
     best = torch.full((len(graph.root),), -torch.inf)
     for name, s in scores.items():
         best.scatter_reduce_(0, graph.root[graph.norms[name]], s.float(), "amax")

@@ -282,15 +282,19 @@ def evaluate(model: nn.Module, split: Split | Iterable, batch_size: int = 500) -
 
     Afterwards all of the network is in the mode that `model` was in. ValueError without an image.
     """
-    device, correct, seen = next(model.parameters()).device, 0, 0
+    device, correct, seen, bad = next(model.parameters()).device, 0, 0, False
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
         for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
-            correct += (model(x.to(device)).argmax(1) == y.to(device)).sum()
+            out = model(x.to(device))
+            correct += (out.argmax(1) == y.to(device)).sum()
+            bad |= out.isnan().any()
             seen += len(y)
     if not seen:
         raise ValueError("no image to evaluate on: the split or DataLoader is empty")
+    if bad:
+        raise ValueError("outputs are nan: the network has diverged; train it with a smaller lr")
     return 100 * int(correct) / seen
 
 
@@ -308,18 +312,19 @@ def recalibrate(
         `torch.manual_seed(seed)` are taken, `images` // `batch_size` of them.
     Returns `model`. ValueError where there is no image; on an error `model` stays as it was.
     """
+    if images < 1 or batch_size < 1:
+        raise ValueError(f"{images=}, {batch_size=}: both are at least 1, such as 2000 and 128")
     trial, device = copied(model), next(model.parameters()).device
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if isinstance(split, Split):
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
             few, drawn = split.subset(order[:images]).to(device), torch.Generator()
-            loader = batches(few, max(1, min(batch_size, len(few))), drawn.manual_seed(seed))
+            loader = batches(few, min(batch_size, max(1, len(few))), drawn.manual_seed(seed))
         else:
             loader = itertools.islice(split, max(1, images // batch_size))
-        first = next(loader := iter(loader), None) if images > 0 else None
-        if first is None:
-            raise ValueError(f"no image for new statistics: {images=}, or the split is empty")
+        if (first := next(loader := iter(loader), None)) is None:
+            raise ValueError("no image for new statistics: the split or DataLoader is empty")
         torch.optim.swa_utils.update_bn(itertools.chain([first], loader), trial, device)
     model.load_state_dict(trial.state_dict())
     return model

@@ -46,18 +46,12 @@ def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
             f"and give it `identity()`, what decides its effect{remedy}"
         )
     if data.fingerprint is None:
-        raise ValueError(
-            f"these data cannot be told from others: use ms.load_data or ms.load_folder{remedy}"
-        )
+        raise ValueError(f"these data have no identity: use ms.load_data or ms.load_folder{remedy}")
     try:
         known = json.loads(json.dumps(known, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
-    return settings | {
-        "penalty": known,
-        "data": data.fingerprint,
-        **network_digest(model),
-    }
+    return settings | {"penalty": known, "data": data.fingerprint, **network_digest(model)}
 
 
 def network_digest(model: nn.Module) -> dict[str, str]:

@@ -15,10 +15,10 @@ def learning_rates(lr: float, steps: int, schedule: str = "onecycle") -> torch.T
     "step": `lr`, divided by ten after half and after three quarters of the run.
     "constant": `lr`.
 
-    Raises ValueError for another schedule, or without a step.
+    Raises ValueError for another schedule, a negative `lr`, or no whole number of steps.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected at least one iteration")
+    if steps != steps // 1 or steps < 1 or not 0 <= lr < math.inf:
+        raise ValueError(f"{lr=}, {steps=}: expected a number from 0 on, and 1 iteration or more")
     t = torch.arange(steps, dtype=torch.float64) / steps  # share of the run that is over, [steps]
     if schedule == "onecycle":
         rise = (t + 1 / steps) / 0.2
