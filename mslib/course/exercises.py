@@ -137,12 +137,15 @@ def proximal_step(gamma: torch.Tensor, keep: torch.Tensor, shrink: float) -> tor
 
 
 @exercise(
-    ([torch.tensor([True, False, False]), torch.tensor([False, False, True])],),
-    ([torch.tensor([False, True]), torch.tensor([False, True]), torch.tensor([False, False])],),
+    (torch.zeros(3), _READERS, torch.tensor([0.5, -0.2, 1.0, 0.1]), torch.arange(4) > 1),
+    (torch.arange(3.0), -_READERS, torch.tensor([-0.5, 2.0, 0.3, 0.1]), torch.arange(4) < 1),
 )
-def shared_keep(keeps: list[torch.Tensor]) -> torch.Tensor:
-    """Where one BatchNorm keeps a channel, all do: stack the masks and ask whether any is True."""
-    return torch.stack(keeps).any(0)
+def folded_mean(
+    mean: torch.Tensor, weight: torch.Tensor, beta: torch.Tensor, keep: torch.Tensor
+) -> torch.Tensor:
+    """A dropped channel sends relu(β) to every pixel: multiply it with the sum of its weights over
+    the pixels of the kernel, add up over the dropped channels, and subtract that from the mean."""
+    return mean - weight.sum((2, 3)) @ (beta.clamp(min=0) * ~keep)
 
 
 # ---- 05 · fine-tuning --------------------------------------------------------------------------

@@ -58,15 +58,16 @@ COLORS = {
     "dropped": _palette[3],
     "inner": _palette[0],  # channels of one block
     "shared": "#7b5ea7",  # channels that an addition ties together
-    "one-shot": _palette[5],
-    "repair only": _palette[5],  # lesson 05's one-shot
-    "unprepared": _palette[5],
+    "one-shot": "#8b1a1a",
+    "repair only": "#8b1a1a",  # lesson 05's one-shot
+    "unprepared": "#8b1a1a",
     "constant": _palette[7],
     "greg-1": _palette[9],
     "greg-2": _palette[6],
     "random": _palette[7],
     "uniform": "#9a8700",  # the palette's yellow is too pale for a line
     "l1-norm": _palette[3],
+    "flow's widths": _palette[3],
     "flow": _palette[4],
     "length + curvature": _palette[8],
     "length": _palette[2],
@@ -302,8 +303,10 @@ def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: st
     ax.set_xscale("symlog", linthresh=1)
     ticks = (0, 1, 3, 10, 30, 100)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.set(xlim=(-0.2, 120), xlabel="points lost at the cut")
-    ax.set_ylabel("held-out top-1 before it (%)")
+    ax.set(
+        xlim=(-0.2, 120), xlabel="points lost from before the cut to folded (logarithmic from 1 on)"
+    )
+    ax.set_ylabel("held-out top-1 before the cut (%)")
     ax.margins(y=0.2)
     return ax
 
@@ -411,11 +414,13 @@ def stations(
     unit: str,
     ax: Axes | None = None,
     at: int = -1,
+    limits: tuple[float, float] | None = None,
 ) -> Axes:
     """How values go from station to station, a line each, labelled with its value at one end.
 
     `paths`: name of a line -> its values at the stations called `names`; nan where there is none.
-    In a figure of its own, or in `ax`. `at`: the end with the labels, 0 or -1.
+    In a figure of its own, or in `ax`. `at`: the end with the labels, 0 or -1. `limits`: of the
+    vertical axis, or as the values ask.
     """
     if ax is None:
         _, ax = figure(title, height=3.8)
@@ -423,6 +428,7 @@ def stations(
     lines = {name: np.asarray(path, dtype=float) for name, path in paths.items()}
     ends = [(line[at], name) for name, line in lines.items()]
     span = float(np.nanmax([*lines.values()]) - np.nanmin([*lines.values()]))
+    span = limits[1] - limits[0] if limits else span
     heights = apart([end for end, _ in ends], span / 14)
     for height, (end, name) in zip(heights, ends):
         ink = color(name)
@@ -430,11 +436,15 @@ def stations(
         place: Any = dict(color=ink, va="center", fontsize=9, fontweight="bold")
         place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
         place["ha"] = "left" if at else "right"
-        ax.text(last + 0.06 if at else -0.08, height, f"{name}  {end:.1f}", **place)
+        ax.plot([last, last + 0.08] if at else [0, -0.08], [end, height], color=ink, lw=0.8)
+        ax.text(last + 0.1 if at else -0.1, height, f"{name}  {end:.1f}", **place)
     ax.set_ylim(top=max(ax.get_ylim()[1], max(heights) + span / 12))
     ax.set_ylim(bottom=min(ax.get_ylim()[0], min(heights) - span / 12))
+    ax.set_ylim(limits)
     ax.set_xticks(range(len(names)), list(names))
-    ax.set(ylabel=unit, xlim=(-0.15, last + 0.75) if at else (-0.9, last + 0.25))
+    wide = max(0.75, 0.05 * max(map(len, lines)) + 0.2)  # room for the longest label
+    wide *= max(1, len(names) / 4)
+    ax.set(ylabel=unit, xlim=(-0.15, last + wide) if at else (-0.9, last + 0.25))
     return ax
 
 
