@@ -12,12 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .exports import feed, quiet, session
 from .files import reason
-from .networks import ShapesOnly, as_inputs, call, map_images, meta_copy, misfit, tensors_in, unwrap
+from .networks import (
+    ShapesOnly,
+    as_inputs,
+    call,
+    layer_of,
+    map_images,
+    meta_copy,
+    misfit,
+    named_tensors,
+    tensors_among,
+    tensors_in,
+    unwrap,
+)
 
 log = logging.getLogger("mslib")
 
@@ -26,7 +39,8 @@ log = logging.getLogger("mslib")
 class Cost:
     """`macs`: multiply-accumulates for one image. `params`: all parameters.
 
-    `layers`: MACs of each module that computes, by its name, without those of modules inside it.
+    `layers`: MACs by the name of the module whose weight they need; of another tensor of the
+    network, by its own name; of products without one, by the innermost module that runs.
     """
 
     macs: int
@@ -44,7 +58,7 @@ def cost(model: nn.Module, example: Any) -> Cost:
     example: float [N, C, H, W], a tuple or list of several inputs, or a dict of inputs by name.
 
     Counted by torch.utils.flop_counter, two FLOPs a MAC: convolutions, linear layers, matrix
-    products and attention, each for the innermost module that runs it. Biases, BatchNorm and
+    products and attention. Biases, BatchNorm and
     activations are left out, as in the papers' "FLOPs". The model runs once, without data, on
     PyTorch's meta device; one that cannot is run on the CPU. Raises ValueError that names the
     example's and the network's types if it does not run on the example.
@@ -67,12 +81,14 @@ def cost(model: nn.Module, example: Any) -> Cost:
 
 
 class _Counter(ShapesOnly):
-    """Adds up in `layers` the MACs of what runs inside it, by the innermost module."""
+    """Adds up in `layers` the MACs of what runs inside it, as `Cost` names them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.layers: dict[str, int] = {}
         self.inside: list[str] = []  # names of the modules that run
+        tensors = ((name, t) for name, t in named_tensors(model) if not is_lazy(t))
+        self.weights = {t.untyped_storage()._cdata: layer_of(name) for name, t in tensors}
         for name, module in model.named_modules():
             module.register_forward_pre_hook(partial(self._enter, name))
             module.register_forward_hook(self._leave)
@@ -88,7 +104,11 @@ class _Counter(ShapesOnly):
         out = self.run(func, args, kwargs)
         if flops := flop_registry.get(func.overloadpacket):
             macs = flops(*args, **kwargs, out_val=out) // 2
-            self.layers[self.inside[-1]] = self.layers.get(self.inside[-1], 0) + macs
+            matrices = [t for t in tensors_among(args, kwargs) if t.ndim > 1]  # no biases
+            places = [t.untyped_storage()._cdata for t in matrices]  # a view's is the weight's
+            # a weight stands behind what it reads
+            name = [self.inside[-1], *(self.weights[p] for p in places if p in self.weights)][-1]
+            self.layers[name] = self.layers.get(name, 0) + macs
         return out
 
 
@@ -189,7 +209,7 @@ def _deployed(model: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, tuple, 
         if not isinstance(value, torch.Tensor):
             return value
         last = torch.channels_last if value.ndim == 4 else torch.preserve_format
-        return value.to(device, memory_format=last)
+        return value.to(device, memory_format=last, copy=True)  # forward may work in place
 
     return run, *tree_map(place, (args, kwargs))
 

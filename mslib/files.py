@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -73,6 +73,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(beside)  # what a killed process of the same number has left
         yield beside
         for each in (beside, *beside.rglob("*")):
             if each.is_file():
@@ -88,10 +89,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         told = OSError(f"cannot write {path} ({error.strerror or reason(error)}); {advice}")
         told.errno = error.errno
         raise told from error
-    finally:  # a failure here must not hide the one above
-        shutil.rmtree(beside, ignore_errors=True)
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    finally:
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if that can be done: a failure must not hide another."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -131,35 +137,57 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({reason(error)}). If it belongs to a run, choose another run "
-            "folder or remove this one as a whole: without one file, two runs would be mixed"
+            f"{path} is damaged ({reason(error)}). If it belongs to a run, give another folder, "
+            "or remove this one as a whole: without one file, two runs would be mixed"
         ) from None
 
 
 def write_tensors(path: str | Path, value: Any) -> None:
-    """Write tensors, numbers and text, in lists and dicts, for `read_tensors`."""
-    content = io.BytesIO()  # torch.save itself would hide what a full disk says
-    torch.save(value, content)
+    """Write tensors, numbers and text, in lists and dicts, for `read_tensors`, as `packed` says."""
+    content = packed(value, Path(path).name)
     with replacing(path) as beside:
         beside.write_bytes(content.getbuffer())
+
+
+def packed(value: Any, name: str) -> io.BytesIO:
+    """The bytes of a file for `read_tensors`. ValueError that names what it would not read."""
+    content = io.BytesIO()  # torch.save itself would hide what a full disk says
+    try:
+        torch.save(value, content)
+        _unpacked(content)
+    except Exception:  # of many kinds
+        inside = value.items() if isinstance(value, dict) else ()
+        for key, each in enumerate(value) if isinstance(value, (list, tuple)) else inside:
+            packed(each, f"{name}[{key!r:.99}]")
+        kept = "a file keeps tensors and Python's own numbers and texts, such as float(…) gives"
+        raise ValueError(f"{name} is a {type(value).__name__}, {value!r:.60}: {kept}") from None
+    return content
 
 
 def read_tensors(path: str | Path) -> Any:
     """What `write_tensors` wrote, on the CPU. ValueError if it is damaged or holds code."""
     path = regular(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if sum(m.file_size for m in members) > path.stat().st_size:
-                raise ValueError("it unpacks to more than its size")
-            for m in members:  # what torch would run allocates as much as the file asks for
-                if m.filename.endswith("data.pkl") and b"bytearray" in archive.read(m):
-                    raise ValueError("it holds more than tensors")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            return _unpacked(file)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(
             f"{path} cannot be read: truncated, damaged or not a weights file ({reason(error)})"
         ) from None
+
+
+def _unpacked(file: IO[bytes]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(m.file_size for m in members) > file.seek(0, io.SEEK_END):
+            raise ValueError("it unpacks to more than its size")
+        if damaged := archive.testzip():  # torch.load looks at no checksum
+            raise ValueError(f"{damaged} does not fit its checksum")
+        for m in members:  # what torch would run allocates as much as the file asks for
+            if m.filename.endswith("data.pkl") and b"bytearray" in archive.read(m):
+                raise ValueError("it holds more than tensors")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -60,9 +60,12 @@ def as_inputs(example: Any) -> tuple[tuple, dict]:
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """What `model` returns for an example: a tensor, tuple, list or dict of inputs, moved to it."""
+    """What `model` returns for an example: a tensor, tuple, list or dict of inputs, moved to it.
+
+    Its forward gets a copy: it may work in place.
+    """
     device = next((p.device for p in model.parameters()), "cpu")
-    args, kwargs = moved(as_inputs(example), device)
+    args, kwargs = moved(as_inputs(example), device, copy=True)
     return model(*args, **kwargs)
 
 
@@ -93,15 +96,15 @@ def copied(model: nn.Module, replaced: Mapping[int, torch.Tensor] | None = None)
 
 
 def map_images(change: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """`change` applied to the inputs that hold images: tensors with as many rows as the first."""
-    inputs = (*args, *kwargs.values())
-    rows = next((len(v) for v in inputs if isinstance(v, torch.Tensor) and v.ndim), -1)
+    """`change` applied to the inputs that hold images: tensors with as many rows as the first.
 
-    def changed(value: Any) -> Any:
-        images = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
-        return change(value) if images else value
-
-    return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
+    In lists and dicts, too; but a list of images, each [C, H, W], has no rows.
+    """
+    inputs = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and v.ndim]
+    inputs = inputs or [t for t in tensors_in((args, kwargs)) if t.ndim > 3]
+    rows = len(inputs[0]) if inputs else -1
+    images = lambda v: torch.is_tensor(v) and v.ndim and len(v) == rows  # noqa: E731
+    return tree_map(lambda v: change(v) if images(v) else v, (args, kwargs))
 
 
 def misfit(model: Any, example: Any, error: Exception) -> str:
@@ -118,6 +121,11 @@ def misfit(model: Any, example: Any, error: Exception) -> str:
 def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Name and tensor of every parameter and buffer, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def layer_of(weight: str) -> str:
+    """The module whose `weight` a tensor is; else its own name, as a module may have several."""
+    return weight.removesuffix(".weight")
 
 
 def meta_copy(
@@ -166,9 +174,9 @@ def tensors_among(args: Any, kwargs: Any) -> list[torch.Tensor]:
     return found
 
 
-def moved(inputs: Any, device: str | torch.device) -> Any:
+def moved(inputs: Any, device: str | torch.device, copy: bool = False) -> Any:
     """The same inputs on `device`; on "meta" they have no numbers."""
-    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, inputs)
+    return tree_map(lambda x: x.to(device, copy=copy) if torch.is_tensor(x) else x, inputs)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -180,10 +188,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     model = unwrap(model)
     first: dict[tuple, str] = {}  # memory -> the first name it has
     tied, stored = {}, {}
+    check_savable(model)
     for name, value in model.state_dict().items():
-        problem = unusual(value)
-        if problem:
-            raise ValueError(f"{type(model).__name__} cannot be saved: {name} is {problem}")
         same = first.setdefault(_memory(value), name)
         if same != name:
             tied[name] = same
@@ -208,13 +214,21 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The network that `save` wrote to `path`, with the widths it had, on the CPU.
 
     model: a fresh unpruned network to fill, for one that mslib does not build. It is returned.
-    Raises FileNotFoundError, or ValueError for a damaged file or one of another network.
+    Raises FileNotFoundError, or ValueError for a damaged file or one of another network; `model`
+    stays as it is then.
     """
     state, recipe, groups = _read(regular(path))
     if model is None:
         return _rebuild(recipe, state, groups, path)
     resize(unwrap(model), state, path, groups)
     return model
+
+
+def check_savable(model: nn.Module) -> None:
+    """ValueError that names a tensor of `model` which `save` cannot write."""
+    for name, value in model.state_dict().items():
+        if problem := unusual(value):
+            raise ValueError(f"{type(model).__name__} cannot be saved: {name} is {problem}")
 
 
 def unusual(value: Any) -> str:
@@ -348,8 +362,19 @@ def resize(
 
     groups: of the convolutions that have more than one, by name; None: depthwise ones stay
     depthwise, others keep theirs. Tensors that are one in `state` become one in `model`.
-    Raises ValueError that names the layer.
+    Raises ValueError that names the layer, before anything is changed.
     """
+    if lazy := [name for name, t in named_tensors(model) if is_lazy(t)]:
+        raise ValueError(f"{origin} does not fit: {lazy[0]} has no shape yet; run the network once")
+    _resize(meta_copy(model), state, origin, groups)
+    _resize(model, state, origin, groups)
+    for name, m in model.named_modules():
+        if (key := _join(name, "_extra_state")) in state:
+            m.set_extra_state(state[key])
+    return model
+
+
+def _resize(model: nn.Module, state: Mapping, origin: Any, groups: Mapping | None) -> None:
     _match_names(model, state, origin)
     made: dict[tuple, torch.Tensor] = {}  # memory in `state` -> the tensor of `model` with it
     filled: set[int] = set()
@@ -359,11 +384,10 @@ def resize(
             new = state.get(_join(name, key))
             if new is None:
                 continue  # a buffer that is not saved
-            if is_lazy(old) or not _alike(old, new):
-                what = "no shape yet" if is_lazy(old) else f"{list(old.shape)}, {old.dtype}"
+            if not _alike(old, new):
                 raise ValueError(
                     f"{origin} does not fit {type(model).__name__}: {_join(name, key)} is "
-                    f"{list(new.shape)}, {new.dtype}; the network has {what}"
+                    f"{list(new.shape)}, {new.dtype}; the network has {[*old.shape]}, {old.dtype}"
                 )
             same = (*_memory(new), isinstance(old, nn.Parameter))
             if same not in made:
@@ -378,7 +402,6 @@ def resize(
         sync_widths(model)
     except ValueError as error:
         raise ValueError(f"{origin} does not fit {error}") from None
-    return model
 
 
 def _join(module: str, name: str) -> str:
@@ -399,6 +422,13 @@ def _match_names(model: nn.Module, state: Mapping[str, torch.Tensor], origin: An
         raise ValueError(
             f"{origin} does not fit {type(model).__name__}: {len(odd)} names differ; "
             f"{which} {odd[0]!r:.99}"
+        )
+    takes = dict(model.named_parameters(remove_duplicate=False))
+    takes |= dict(model.named_buffers(remove_duplicate=False))
+    if lost := [n for n in state if n not in takes and not n.endswith("_extra_state")]:
+        raise ValueError(
+            f"{origin}: {lost[0]!r:.99} is no parameter, buffer or extra state of "
+            f"{type(model).__name__}; try model.load_state_dict(safetensors.torch.load_file(path))"
         )
 
 

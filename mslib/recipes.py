@@ -8,6 +8,7 @@ from torch import nn
 
 from .costs import cost
 from .data.tensors import Split
+from .networks import copied
 from .pruning.graph import ChannelGraph, Network, as_graph
 from .pruning.groups import short
 from .pruning.masks import NOTHING, masks_for_macs, masks_for_ratio, remaining_macs
@@ -40,7 +41,7 @@ def sensitivity(
     Raises ValueError for a ratio outside [0, 1), scores that fit no BatchNorm, or where nothing can
     be cut.
     """
-    graph = as_graph(model, example)
+    graph, ratios = as_graph(model, example), list(ratios)
     free = gammas(graph, None, residual, keep)
     check_scores(graph, scores or {})
     chosen = {name: s for name, s in (scores or free).items() if name in free}
@@ -70,7 +71,7 @@ def cut_schedule(reduction: float, steps: int, exponent: float = 3) -> list[floa
     """
     if not 0 < reduction < 1:
         raise ValueError(f"reduction {reduction}: a share between 0 and 1, such as 0.5")
-    if steps < 1 or exponent < 1:
+    if not (steps >= 1 and exponent >= 1):
         raise ValueError(f"steps={steps}, exponent={exponent}: both are 1 or more, such as 5 and 3")
     return [reduction * (1 - (1 - t / steps) ** exponent) for t in range(1, steps + 1)]
 
@@ -95,13 +96,13 @@ def prune_gradually(
 
     Raises ValueError for reductions that do not rise between 0 and 1, or are out of reach.
     """
-    bounds = [0.0, *reductions, 1.0]
-    if len(bounds) == 2 or any(a >= b for a, b in zip(bounds, bounds[1:])):
+    bounds = [0.0, *(reductions := list(reductions)), 1.0]
+    if len(bounds) == 2 or any(not a < b for a, b in zip(bounds, bounds[1:])):
         raise ValueError(
-            f"reductions {list(reductions)}: expected shares that rise between 0 and 1, such as "
+            f"reductions {reductions}: expected shares that rise between 0 and 1, such as "
             "ms.cut_schedule(0.5, 5)"
         )
-    whole = cost(model, example).macs
+    whole, model = cost(model, example).macs, copied(model)  # the first step may cut nothing
     for step, reduction in enumerate(reductions):
         share = 1 - (1 - reduction) * whole / cost(model, example).macs  # of what is left
         if share > SMALLEST:  # the cut before may have gone further than it had to

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mslib as ms
 
+from .conftest import lively
+
 CIFAR = torch.zeros(1, 3, 32, 32)
 IMAGE = torch.zeros(2, 3, 224, 224, device="meta")
 
@@ -48,7 +50,8 @@ def test_torchvision_networks_cost_what_torch_counts(name, macs):
     price = ms.cost(model, IMAGE)
     assert price.macs == counted(model, IMAGE[:1]) == sum(price.layers.values())
     assert macs is None or price.macs == pytest.approx(macs, rel=1e-3)
-    assert set(price.layers) <= set(dict(model.named_modules()))
+    named = {*dict(model.named_modules()), *dict(model.named_parameters())}
+    assert set(price.layers) <= named
 
 
 @pytest.mark.parametrize("name", ["mobilevit_xxs", "levit_128s", "unet"])
@@ -95,9 +98,40 @@ def test_attention_counts_wherever_it_is_computed():
     product = 10 * 10 * 8
     assert price.layers["conv"] == 10 * 8 * 2 * 3
     assert price.layers["linear"] == 2 * 10 * 8 * 8  # called twice
-    assert price.layers["heads"] == price.layers["layer.self_attn"] == 4 * 640 + 2 * product
+    for heads in ("heads", "layer.self_attn"):
+        assert price.layers[heads] == 2 * product
+        assert price.layers[f"{heads}.in_proj_weight"] == 3 * price.layers[f"{heads}.out_proj"]
+        assert price.layers[f"{heads}.out_proj"] == 640  # used by a function, without its module
     assert price.layers[""] == 4 * product
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class ByFunction(nn.Module):
+    """Weights that no module of their own computes with: as the channel graph names them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.out, self.tied = nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+        self.tied.weight = self.out.weight
+        self.own = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        x = self.norm(F.conv2d(x, self.conv.weight)).relu()
+        x = F.conv2d(x, self.own).relu().mean((2, 3))
+        return self.out(x) + self.tied(x)
+
+
+def test_counts_go_by_the_weight_as_the_channel_graph_names_it():
+    model, x = lively(ByFunction()), torch.randn(2, 3, 12, 12)
+    price, graph = ms.cost(model, x), ms.ChannelGraph(model, x)
+    wanted = {"conv": 100 * 27 * 8, "own": 64 * 72 * 8, "out": 2 * 32}
+    assert price.layers == wanted and {*graph.outputs} == {*wanted}
+    masks = {"norm": torch.arange(8) < 4}
+    small = ms.cost(ms.prune(graph, masks), x)
+    assert ms.pruning.masks.remaining_macs(graph, masks, price.layers) == small.macs
+    cut = ms.prune(graph, ms.masks_for_macs(graph, reduction=0.2))
+    assert 0.2 <= 1 - ms.cost(cut, x).macs / price.macs < 0.3  # it was 0.6 once
 
 
 class Branching(Attention):

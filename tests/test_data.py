@@ -261,6 +261,20 @@ def test_batches_in_order_without_a_generator():
     assert test[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_only_bytes_are_normalized(kind):
+    images = torch.zeros(2, 3, 4, 4, dtype=kind).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=f"the images are {kind}; expected uint8"):
+        ms.normalize(images)
+    assert not images.any()
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5, float("nan")])
+def test_there_are_no_steps_of_such_batches(size):
+    with pytest.raises(ValueError, match=f"batch_size={size}: a batch holds at least one image"):
+        ms.steps_per_epoch(split(), size)
+
+
 # ---- what may stand in Data, and what tells it from others ----
 
 
@@ -377,6 +391,7 @@ def test_what_cannot_be_identified_has_no_fingerprint():
         DataLoader(Silent(), 2),
         DataLoader(image, 2, shuffle=True, generator=torch.Generator()),
         DataLoader(image, 2, collate_fn=lambda batch: batch),
+        DataLoader(image, 2, num_workers=1, persistent_workers=True),
         DataLoader(cifar10_of(np.zeros((4, 4, 4, 3), np.uint8), transforms.Lambda(lambda x: x)), 2),
         DataLoader(cifar10_of(np.zeros((4, 4, 4, 3), np.uint8), Silent()), 2),
     ):
@@ -401,6 +416,19 @@ def test_the_fingerprint_of_tensors_tells_labels_order_and_classes():
     }
     assert len(found) == 6 and data.fingerprint not in found
     assert data.fingerprint == ms.Data("two", split(), split(), split(), ("a", "b")).fingerprint
+
+
+def test_the_fingerprint_follows_a_change_in_place():
+    data = ms.Data("one", split(), split(), split(), ("a", "b"))
+    found = [data.fingerprint]
+    for change in (data.train.images.zero_, data.train.labels.zero_, data.val.images.zero_):
+        change()
+        found.append(data.fingerprint)
+    assert len({*found}) == 4 and found[-1] == data.fingerprint
+    loaded = of_loaders([(image := torch.zeros(2, 3, 4, 4), torch.zeros(2).long())])
+    before = loaded.fingerprint
+    image += 1
+    assert loaded.fingerprint != before
 
 
 def test_the_fingerprint_of_a_folder_tells_files_and_settings(folder, tmp_path):

@@ -133,3 +133,52 @@ def test_exports_that_are_refused(pruned, tmp_path):
     with pytest.raises(ValueError, match="Branching cannot be exported to .pt2: "):
         ms.export(Branching(3, 3, 1), tmp_path / "small.pt2", x)
     assert not list(tmp_path.iterdir()) and model.training
+
+
+class Nested(nn.Conv2d):
+    """Takes its images in a dict."""
+
+    def forward(self, inputs):
+        return super().forward(inputs["image"])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_images_inside_a_dict_may_be_of_any_number(suffix, tmp_path):
+    model, path = Nested(3, 4, 1), tmp_path / f"nested.{suffix}"
+    assert ms.export(model, path, ({"image": IMAGE},)) < 1e-4
+    assert ms.cost(model, ({"image": IMAGE},)).macs == 8 * 8 * 3 * 4
+    if suffix == "pt2":
+        other = torch.randn(5, 3, 8, 8)
+        assert torch.export.load(path).module()({"image": other}).shape == (5, 4, 8, 8)
+
+
+class Counting(nn.Conv2d):
+    """Does another thing for two images, as many as are exported and given."""
+
+    def forward(self, x):
+        return super().forward(x) if len(x) == 2 else 2 * super().forward(x)
+
+
+class Fixed(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).view(2, 4, 64)
+
+
+@pytest.mark.parametrize("kind", [Counting, Fixed])
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_file_for_one_batch_size_alone_is_refused(kind, suffix, tmp_path):
+    with pytest.raises(ValueError, match=f"{kind.__name__} cannot be exported to .{suffix}"):
+        ms.export(kind(3, 4, 1), tmp_path / f"fixed.{suffix}", IMAGE)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_forward_that_works_in_place_is_exported_and_its_example_stays(suffix, tmp_path):
+    class InPlace(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5).div_(0.25))
+
+    x = IMAGE.clone()
+    assert ms.export(InPlace(3, 4, 1), tmp_path / f"place.{suffix}", x) < 1e-4
+    ms.latency(InPlace(3, 4, 1), x, seconds=0.01)
+    assert torch.equal(x, IMAGE)

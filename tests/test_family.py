@@ -15,6 +15,7 @@ from mslib.penalties.envelope import spread
 from mslib.training.runs import Run
 
 from .conftest import lively, tiny_data
+from .cutting import Net, cbr
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 LAYERS = {f"stage{s}.0.bn1": f"stage{s}.0" for s in (1, 2, 3)}  # BatchNorm -> its block
@@ -390,6 +391,13 @@ def test_the_envelope_and_its_proximal_operator(k, n):
     assert spread(few, 3, shrink)[:2].tolist() == pytest.approx([1, 1])
 
 
+@pytest.mark.parametrize("shrink", [0.0, 1e-4, 4e-4, 5e-4, 1e-3, 0.3])
+@pytest.mark.parametrize("n", [1, 8, 64])
+def test_the_envelope_keeps_all_that_are_alike_where_none_is_to_go(n, shrink):
+    """Rounding may leave the last Σ u a little below k: there is no gap to look for η in."""
+    assert torch.allclose(spread(torch.ones(n), n, shrink), torch.ones(n))
+
+
 def test_the_value_of_the_envelope_penalty():
     model = lively8()
     wanted = 0.0
@@ -604,6 +612,49 @@ def test_a_network_without_filters_to_cut_is_refused():
         ms.SoftFilter(plain, EXAMPLE, every=1)
 
 
+class Unread(nn.Module):
+    """The only BatchNorm that could be cut leads nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        self.norm(self.conv(x))
+        return self.out(x)
+
+
+def test_a_dependency_that_nothing_reads_is_refused_by_name():
+    with pytest.raises(ValueError, match="no layer reads the channels of norm"):
+        ms.DependencyL1(Unread(), EXAMPLE, over=3)
+
+
+def test_a_dependency_counts_weights_that_a_forward_uses_itself():
+    own = nn.Parameter(torch.randn(2, 4, 1, 1))
+    model = Net(lambda net, x: nn.functional.conv2d(net.stem(x), net.own), stem=cbr(3, 4), own=own)
+    penalty = ms.DependencyL1(lively(model), EXAMPLE, over=3)
+    wanted = model.stem[1].weight.abs() * own.abs().sum((0, 2, 3))
+    assert torch.allclose(penalty.importance()["stem.1"], wanted)
+    assert any(p is own for p in penalty.parameters())
+
+
+@pytest.mark.parametrize("kind", ["incremental", "GReg"])
+def test_a_state_is_a_copy_both_ways(kind):
+    """Else a checkpoint kept in memory would go on with the training."""
+    model = lively8()
+    growing = dict(reduction=0.5, every=1, pick_delta=0.1, pick_ceiling=1.0)
+    its = ms.GrowingL2(model, EXAMPLE, **growing) if kind == "GReg" else make(kind, model)
+    its.step(0)
+    state = its.state_dict()
+    its.load_state_dict(state)
+    before = copy.deepcopy(state)
+    for i in (2, 4):
+        its.step(i)
+    assert all(torch.equal(t, state["factors"][n]) for n, t in before["factors"].items())
+    assert any(not torch.equal(t, its.factors[n]) for n, t in state["factors"].items())
+    assert kind != "GReg" or len(state["rows"]) == len(state["seen"]) == 1
+
+
 # ---- wide while it is repaired -----------------------------------------------------------------
 
 
@@ -692,3 +743,28 @@ def test_what_cannot_be_widened_is_named(how, message):
         ms.widen(lively8(), **how)
     with pytest.raises(ValueError, match="Linear has no Conv2d"):
         ms.widen(nn.Linear(3, 3))
+
+
+def shared_and_tied():
+    """One convolution under two names, and two that hold one weight."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({n: nn.Conv2d(4, 4, 3, padding=1) for n in ("a", "tied", "other")})
+    model["b"], model["other"].weight = model["a"], model["tied"].weight
+    return Net(
+        lambda net, x: net.m["other"](net.m["tied"](net.m["b"](net.m["a"](x).relu()))), m=model
+    )
+
+
+def test_widening_unties_nothing_and_draws_nothing():
+    model, x, state = shared_and_tied(), torch.randn(2, 4, 8, 8), torch.get_rng_state()
+    wide = ms.widen(model)
+    merged = ms.merge(wide)
+    assert torch.equal(state, torch.get_rng_state())
+    assert type(wide.m["a"]).__name__ == "Widened" and wide.m["a"] is wide.m["b"]
+    assert type(wide.m["tied"]) is nn.Conv2d and merged.m["a"] is merged.m["b"]
+    assert wide.m["tied"].weight is wide.m["other"].weight
+    assert torch.allclose(wide(x), model(x), atol=1e-5)
+    assert torch.allclose(merged(x), model(x), atol=1e-5)
+    assert ms.widen(model, layers=["m.a", "m.b"]).m["a"][0].weight.shape == (16, 4, 1, 1)
+    with pytest.raises(ValueError, match="'m.other' shares its weight with another module"):
+        ms.widen(model, layers="m.other")

@@ -8,6 +8,7 @@ import resource
 import struct
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -121,6 +122,62 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
     assert torch.equal(again[1].weight, views[0].weight.T)
 
 
+class Counted(nn.Conv2d):
+    """Keeps more than parameters and buffers: an extra state, and a tensor of its own naming."""
+
+    beside = None
+
+    def get_extra_state(self):
+        return torch.tensor([self.stride[0]])
+
+    def set_extra_state(self, state):
+        self.stride = (int(state), int(state))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.beside is not None:
+            destination[prefix + "beside"] = self.beside
+
+
+def test_an_extra_state_comes_back_and_what_nothing_takes_is_refused(tmp_path):
+    ms.save(nn.Sequential(Counted(3, 4, 1, stride=5)), tmp_path / "net.pt")
+    assert ms.load(tmp_path / "net.pt", nn.Sequential(Counted(3, 8, 1)))[0].stride == (5, 5)
+    odd = nn.Sequential(Counted(3, 4, 1))
+    odd[0].beside = torch.ones(2)
+    ms.save(odd, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="net.pt: '0.beside' is no parameter, buffer or extra"):
+        ms.load(tmp_path / "net.pt", odd)
+
+
+def uneven():
+    """Each tensor has the right name, kind and axes, but not the width of the others."""
+    norm = nn.BatchNorm2d(4)
+    norm.running_var = torch.ones(5)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(2, 2)),  # another name
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(2, 2)),  # too few
+        nn.Sequential(nn.Conv2d(3, 8, 1), uneven()),
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm2d(8)),  # an axis less, behind a bias
+    ],
+)
+def test_a_network_is_left_as_it_was_by_what_does_not_fit_it(saved, tmp_path):
+    mine = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    state, held = {k: v.clone() for k, v in mine.state_dict().items()}, [*mine.parameters()]
+    ms.save(saved, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="does not fit Sequential"):
+        ms.load(tmp_path / "net.pt", mine)
+    assert all(a is b for a, b in zip(held, mine.parameters(), strict=True))
+    assert mine[0].bias is None and mine[0].out_channels == 4
+    assert all(torch.equal(v, state[k]) for k, v in mine.state_dict().items())
+    with pytest.raises(ValueError, match="0.weight has no shape yet"):
+        ms.load(tmp_path / "net.pt", nn.Sequential(nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)))
+
+
 def test_a_network_that_is_not_its_recipe_any_more_says_so(tmp_path, caplog):
     model = ms.resnet(8, width=0.25)
     model.fc = nn.Sequential(nn.Dropout(), model.fc)
@@ -184,6 +241,12 @@ def archive(names, size):
     return file.getvalue()
 
 
+def flipped(content, tensor):
+    """`content` with one bit of `tensor`, which it holds, turned over."""
+    place = content.index(tensor.numpy().tobytes()) + 3
+    return content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :]
+
+
 class Code:
     def __reduce__(self):
         return (os.system, ("touch boom",))
@@ -202,6 +265,7 @@ BYTES = {
     "only its header": WHOLE[: 8 + struct.unpack("<Q", WHOLE[:8])[0]],
     "old, half": OLD[: len(OLD) // 2],
     "old, damaged": OLD[:300] + bytes(200) + OLD[500:],
+    "old, a bit of a weight": flipped(OLD, STATE["fc.weight"]),
     "a zip of nothing": archive([], 0),
     "a zip of other things": archive(["a.txt"], 10),
     "a zip bomb": archive(["archive/data.pkl", "archive/version"], 10**8),
@@ -340,6 +404,24 @@ def test_no_file_and_a_folder(tmp_path):
             read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "value, named",
+    [
+        (
+            {"model": {"w": X}, "penalty": {"k": np.float64(1)}},
+            r"\['penalty'\]\['k'\] is a float64",
+        ),
+        ([1, (2, lambda: 3)], r"\[1\]\[1\] is a function"),
+        ({np.str_("a"): 1}, "is a dict"),
+        (Code(), "is a Code"),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(value, named, tmp_path):
+    with pytest.raises(ValueError, match=f"a.pt{named}|a.pt {named}"):
+        write_tensors(tmp_path / "a.pt", value)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- whole or absent ----
 
 
@@ -351,7 +433,7 @@ def test_json_of_another_shape_is_named(tmp_path):
         path.write_bytes(content)
         with bounded(), pytest.raises(ValueError, match="settings.json is damaged") as caught:
             read_json(path)
-        assert "choose another run folder or remove this one as a whole" in str(caught.value)
+        assert "give another folder, or remove this one as a whole" in str(caught.value)
     path.write_text("[1]")
     assert read_json(path, list) == [1]
     with open(path, "wb") as file:
@@ -423,6 +505,17 @@ def test_the_clean_up_does_not_hide_the_message(tmp_path, monkeypatch):
     with pytest.raises(KeyError), replacing(tmp_path / "b") as beside:
         (beside / "inner").mkdir(parents=True)
         raise KeyError
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_taken_over(tmp_path):
+    left = tmp_path / f".folder.{os.getpid()}.part"
+    (left / "inner").mkdir(parents=True)
+    (left / "old").write_text("old")
+    with replacing(tmp_path / "folder") as beside:
+        assert beside == left and not beside.exists()
+        beside.mkdir()
+        (beside / "new").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "new"]
 
 
 def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):

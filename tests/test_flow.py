@@ -204,3 +204,30 @@ def test_flows_are_the_features_of_evaluation_and_leave_the_network_as_it_was():
     with pytest.raises(RuntimeError):
         ms.flows(model, torch.randn(2, 5, 16, 16))
     assert not hooks(model)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_feature_is_what_its_layer_returned_whatever_becomes_of_it(inplace):
+    parts = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace)]
+    parts += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace)]
+    model, x = lively(nn.Sequential(*parts)).train(), torch.randn(2, 3, 8, 8)
+    flow = ms.FeatureFlow(model, 1.0, layers=["1", "4"])
+    with flow.attached():
+        model(x)
+        value = flow()
+    gradients = torch.autograd.grad(value, [*model.parameters()], allow_unused=True)
+    wanted = (model[:5](x) - model[:2](x)).abs().mean()
+    assert value.item() == pytest.approx(wanted.item())
+    for a, b in zip(gradients, torch.autograd.grad(wanted, [*model.parameters()])):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_flows_leave_frozen_batchnorms_frozen_and_images_as_they_were():
+    model = lively(ms.resnet(14, 3)).train()
+    model.bn.eval()
+    model.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    x = torch.randn(2, 3, 8, 8)
+    given = x.clone()
+    ms.flows(model, x)
+    assert model.training and model.stage1.training and not model.bn.training
+    assert torch.equal(x, given)

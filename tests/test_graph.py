@@ -1449,3 +1449,48 @@ def test_cut_three_times(transposed):
         model = cut_exactly(model, X)[2]
         sizes.append(size(model))
     assert sizes == sorted(set(sizes), reverse=True)
+
+
+def test_pooling_over_channels_is_not_over_pixels():
+    """To a pooling in three dimensions [N, C, H, W] is one image [C, D, H, W]."""
+    over = stem_and(lambda net, x: net.out(F.max_pool3d(x, (3, 1, 1), 1, (1, 0, 0))), out=head(8))
+    graph = ms.ChannelGraph(lively(over).double(), X)
+    assert not graph.prunable_norms() and "max_pool3d" in graph.reason("stem.1")
+    alone = stem_and(lambda net, x: net.out(F.avg_pool2d(x[0], 3)[None]), out=head(8))
+    assert len(cut_exactly(lively(alone).double(), X[:1])[1]) == 1
+
+
+def test_outputs_of_bools_are_compared(monkeypatch):
+    model = lively(stem_and(lambda net, x: (y := net.out(x), y > 0), out=head(8))).double()
+    masks = {"stem.1": torch.arange(8) > 2}
+    assert [t.dtype for t in ms.prune(model, masks, X)(X)] == [torch.float64, torch.bool]
+    only = stem_and(lambda net, x: net.out(x) > 0, out=head(8))
+    assert ms.prune(lively(only).double(), masks, X)(X).dtype == torch.bool
+    monkeypatch.setattr("mslib.pruning.surgery.sync_widths", _spoil)
+    with pytest.raises(ValueError, match="differs from the masked one"):
+        ms.prune(only, masks, X)
+
+
+@pytest.mark.parametrize("through", ["the parameter", "its data"])
+def test_a_graph_that_is_older_than_a_training_has_the_numbers_of_today(through, monkeypatch):
+    """β is what a channel without γ sends on."""
+    model = lively(stem_then(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), head(6))).double()
+    graph = ms.ChannelGraph(model, X)
+    masks = {"0.1": torch.arange(8) > 2}
+    traces, trace = [], ms.ChannelGraph._trace
+    monkeypatch.setattr(
+        ms.ChannelGraph, "_trace", lambda *args: traces.append(args) or trace(*args)
+    )
+    ms.prune(graph, ms.masks_for_macs(graph, reduction=0.2), fold_bias=True)
+    with torch.no_grad():
+        model[1].weight.add_(0.1)  # no number that a constant depends on
+        model[0][1].weight.add_(0.1)
+    ms.prune(graph, masks, fold_bias=True)
+    assert not traces
+    bias = model[0][1].bias
+    with torch.no_grad():
+        (bias if through == "the parameter" else bias.data).add_(0.5)
+    small = ms.prune(graph, masks, fold_bias=True)
+    assert traces
+    wanted = ms.zero_masked(ms.ChannelGraph(model, X), masks, keep_bias=True)
+    assert difference(small, wanted, X) < 1e-9

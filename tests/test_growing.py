@@ -297,6 +297,10 @@ def test_the_history_is_kept_with_a_finished_run(tmp_path):
             "no such convolution, or BatchNorm right behind one",
         ),
         (
+            {"masks": {"stage1.0.bn1": torch.ones(16, dtype=torch.bool)}},
+            "the masks would drop nothing",
+        ),
+        (
             {"masks": {"stage1.0.conv1": torch.ones(2, 2, 3, 3, dtype=torch.bool)}},
             r"shape \[2, 2, 3, 3\]; the layer has \[16, 16, 3, 3\]",
         ),

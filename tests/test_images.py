@@ -27,6 +27,12 @@ def test_of_16_bits_the_upper_8_are_kept(kind):
     assert (found == (wide // 256)[..., None]).all()
 
 
+def test_a_tiff_whose_zero_is_white():
+    wide = np.array([[0, 0x1234, 0xFFFF]], np.uint16)
+    found = decoded(Image.fromarray(wide), "TIFF", tiffinfo={262: 0})
+    assert found[0, :, 0].tolist() == [255, 255 - 0x12, 0]
+
+
 def test_12_bits_that_a_header_tells_of():
     content = b"P5 2 2 4095\n" + struct.pack(">4H", 4095, 2048, 0, 16)
     found = np.asarray(decode(io.BytesIO(content), "grey.pgm"))[..., 0]

@@ -134,6 +134,9 @@ def test_masks_that_do_not_fit_are_named(message):
 def test_weights_to_hold_at_zero_are_those_of_a_layer(wrong):
     with pytest.raises(ValueError, match="mask for '(fc|relu)'"):
         ms.HoldZero(ms.resnet(8), wrong)
+    for nothing in ({}, {"fc": torch.ones(10, 64) > 0}):
+        with pytest.raises(ValueError, match="the masks would drop nothing"):
+            ms.HoldZero(ms.resnet(8), nothing)
 
 
 def penalties(model, keep=None, length=1.0, delta=1e-4, strength=1e-3):

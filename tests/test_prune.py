@@ -328,3 +328,67 @@ def test_groups_print_as_a_table_and_know_their_macs():
         f"{inner.macs / 1e6:.2f}",
     ):
         assert word in text and word in page, word
+
+
+def test_an_example_of_zeros_is_compared_on_noise_too(monkeypatch):
+    model, x = lively(ms.resnet(8)), torch.zeros(2, 3, 32, 32)
+    masks, state = {"stage1.0.bn1": torch.arange(16) < 4}, torch.get_rng_state()
+    ms.prune(model, masks, x)
+    assert torch.equal(state, torch.get_rng_state())
+    model.register_forward_pre_hook(_refuse_all_but_zeros)  # which is no fault of the cut
+    ms.prune(model, masks, x)
+    model._forward_pre_hooks.clear()
+
+    def spoiled(small):  # of zeros it makes zeros, as before
+        with torch.no_grad():
+            small.conv.weight *= 2
+        return small
+
+    monkeypatch.setattr(surgery, "sync_widths", spoiled)
+    with pytest.raises(ValueError, match="the pruned network differs from the masked one"):
+        ms.prune(model, masks, x)
+
+
+def _refuse_all_but_zeros(module, inputs):
+    if not inputs[0].is_meta and inputs[0].any():
+        raise RuntimeError("zeros only")
+
+
+class InPlace(nn.Sequential):
+    """Normalizes the images that it is given where they lie."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+def test_a_forward_may_work_in_place_on_its_input():
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model, x = lively(InPlace(*layers, nn.Linear(8, 3))), torch.rand(4, 3, 8, 8)
+    given, masks = x.clone(), {"1": torch.arange(8) < 4}
+    small = ms.prune(model, masks, given)
+    assert difference(small, ms.zero_masked(model, masks, given), given) < 1e-5
+    loader = [(given, torch.arange(4) % 3)]
+    ms.taylor_scores(model, loader, given), ms.hrank_scores(model, loader, given)
+    assert torch.equal(given, x)
+
+
+class Bare(nn.Module):
+    """A convolution that knows of no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("behind", [[], [nn.BatchNorm2d(8)]])
+def test_fold_bias_into_a_layer_that_has_no_bias(behind):
+    """Into the BatchNorm behind it; without one the constant is dropped, as behind a gate."""
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Bare(), *behind))
+    masks, x = {"1": torch.arange(8) < 4}, torch.randn(2, 3, 8, 8)
+    small = ms.prune(model, masks, x, fold_bias=True)
+    assert difference(small, ms.zero_masked(model, masks, x, keep_bias=True), x) < 1e-5
+    carried = difference(small, ms.zero_masked(model, masks, x), x)
+    assert (carried > 1e-2) == bool(behind)

@@ -115,8 +115,9 @@ def test_a_schedule_of_cuts():
     for wrong, message in (((1.0, 4), "reduction 1.0"), ((0.5, 0), "steps=0")):
         with pytest.raises(ValueError, match=message):
             ms.cut_schedule(*wrong)
-    with pytest.raises(ValueError, match="exponent=0.5"):
-        ms.cut_schedule(0.5, 4, 0.5)
+    for exponent in (0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"exponent={exponent}"):
+            ms.cut_schedule(0.5, 4, exponent)
 
 
 def test_pruning_in_steps_reaches_each_goal_and_trains_in_between(data):
@@ -139,9 +140,18 @@ def test_pruning_in_steps_reaches_each_goal_and_trains_in_between(data):
     seen.clear()  # a step that the one before has done already trains only
     small = ms.prune_gradually(model, data.example, [0.3, 0.3001], train, round_to=8)
     assert [step for step, _ in seen] == [0, 1] and seen[0][1] == seen[1][1] > 0.3001
-    for wrong in ([], [0.5, 0.3], [0.0], [0.5, 1.0]):
+    for wrong in ([], [0.5, 0.3], [0.0], [0.5, 1.0], [float("nan")], [0.5, float("nan")]):
         with pytest.raises(ValueError, match="expected shares that rise between 0 and 1"):
             ms.prune_gradually(model, data.example, wrong, train)
+
+
+def test_a_step_that_cuts_nothing_trains_a_copy_too():
+    model, seen = ms.resnet(8, 3), []
+    made = ms.prune_gradually(model, X, iter([1e-12, 0.3]), lambda net, _: seen.append(net))
+    assert len(seen) == 2 and made is seen[1] and seen[0] is not model
+    assert (
+        ms.cost(seen[0], X) == ms.cost(model, X) and ms.cost(made, X).macs < ms.cost(model, X).macs
+    )
 
 
 def test_torch_pruning_makes_the_same_networks_in_steps():
@@ -157,7 +167,7 @@ def test_torch_pruning_makes_the_same_networks_in_steps():
 
     def l1(graph):
         names = graph.prunable_norms()
-        return {n: filters(graph.modules[graph.conv_before[n]]).abs().sum(1) for n in names}
+        return {n: filters(graph, graph.conv_before[n]).abs().sum(1) for n in names}
 
     goals = [1 - ms.cost(net, x).macs / whole - 1e-9 for net in theirs]
     ms.prune_gradually(model, x, goals, lambda net, _: ours.append(net), l1)
@@ -172,7 +182,7 @@ def test_sensitivity_is_top1_with_one_layer_cut():
     with torch.no_grad():  # its own answers, of all classes, are right: a cut loses some
         model.fc.bias -= model(images).mean(0)
         val = Split(data.val.images, model(images).argmax(1))
-    table = ms.sensitivity(model, val, x, ratios=(0.3, 0.8))
+    table = ms.sensitivity(model, val, x, ratios=iter((0.3, 0.8)))
     assert [*zip(table.layer, table.pruning_ratio)] == [(n, r) for n in INNER for r in (0.3, 0.8)]
     whole = ms.evaluate(model, val)
     assert whole == 100

@@ -121,3 +121,76 @@ def test_scores_are_on_the_cpu_in_float32_without_gradients():
     for function in (ms.gammas, ms.filter_norms, ms.outgoing_norms, ms.weight_norms):
         for score in function(model, x).values():
             assert score.dtype == torch.float32 and not score.requires_grad
+
+
+class Own(nn.Module):
+    """A convolution of one's own, transposed or not, in no class of PyTorch's."""
+
+    def __init__(self, function, shape):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+KINDS = [
+    (nn.functional.conv2d, (10, 8, 3, 3), nn.Conv2d(8, 10, 3, bias=False)),
+    (nn.functional.conv_transpose2d, (8, 10, 3, 3), nn.ConvTranspose2d(8, 10, 3, bias=False)),
+    (nn.functional.conv_transpose2d, (8, 8, 3, 3), nn.ConvTranspose2d(8, 8, 3, bias=False)),
+]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("function, shape, usual", KINDS)
+def test_scores_do_not_ask_for_the_class_of_a_layer(function, shape, usual, bare):
+    """bare: the weight is no module's `weight`, as where a forward uses it by a function."""
+    n = usual.out_channels
+    parts = dict(stem=cbr(3, 8), norm=nn.BatchNorm2d(n), out=nn.Conv2d(n, 2, 1))
+    model = lively(
+        Net(lambda net, x: net.out(net.norm(net.mid(net.stem(x))).relu()), mid=usual, **parts)
+    )
+    if bare:
+        own = Net(
+            lambda net, x: net.out(net.norm(function(net.stem(x), net.mid)).relu()),
+            mid=nn.Parameter(usual.weight.detach().clone()),
+            **parts,
+        ).eval()
+    else:
+        layer = Own(function, shape)
+        layer.weight.data.copy_(usual.weight)
+        own = Net(model.run, mid=layer, **parts).eval()
+    x = image(1, 3, 8, 8).float()
+    assert torch.equal(own(x), model(x))
+    for score in (ms.filter_norms, ms.fpgm_scores, ms.outgoing_norms, ms.lamp_scores):
+        found, wanted = score(own, x), score(model, x)
+        assert {*found} == {*wanted} == {"stem.1", "norm"}
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), score.__name__
+
+
+def test_a_depthwise_layer_called_twice_is_scored_by_its_own_filters():
+    model = Net(
+        lambda net, x: net.out(net.norm(net.deep(net.a(x)) + net.deep(net.b(x)))),
+        a=cbr(3, 8),
+        b=cbr(3, 8),
+        deep=nn.Conv2d(8, 8, 3, groups=8),
+        norm=nn.BatchNorm2d(8),
+        out=nn.Conv2d(8, 2, 1),
+    )
+    graph = ms.ChannelGraph(lively(model), X)
+    wanted = model.deep.weight.detach().flatten(1)
+    assert torch.equal(ms.pruning.scores.filters(graph, "deep"), wanted)
+
+
+def test_scores_and_masks_do_not_depend_on_the_default_dtype():
+    model = lively(ms.resnet(8))
+    makers = ms.outgoing_norms, ms.lamp_scores, ms.masks_below, ms.masks_for_macs
+    makers += (ms.masks_for_ratio, lambda *args: ms.ranked_scores(args[0], ms.gammas(*args), X))
+    wanted = [maker(model, X) for maker in makers]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [maker(model, X) for maker in makers]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, wanted):
+        assert all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in b)

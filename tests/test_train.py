@@ -10,20 +10,22 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import mslib as ms
 from mslib.data.tensors import Data, batches, normalize
 from mslib.files import ROOT, read_tensors
 from mslib.training.device import pick_layout, pick_precision
-from mslib.training.runs import Run, locked, read_history
+from mslib.training.runs import Run, locked, network_digest, read_history
 
 from . import trainings
 from .conftest import lively, tiny_data
+from .test_files import flipped
 
 FAST = dict(epochs=2, lr=0.05, batch_size=16, precision="fp32", device="cpu")
 TRIALS = int(os.environ.get("MSLIB_TRIALS", 2))
@@ -270,16 +272,19 @@ def stopped(folder, after, monkeypatch, **how):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(Run, "save_checkpoint", stop)
-        ms.fit(small(), tiny_data(), **FAST | {"epochs": 3} | how, run=folder)
+        data = how.pop("data", tiny_data())
+        ms.fit(small(), data, **FAST | {"epochs": 3} | how, run=folder)
 
 
-@pytest.mark.parametrize("damage", ["emptied", "cut", "of another form", "all of them"])
+@pytest.mark.parametrize("damage", ["emptied", "cut", "a bit", "of another form", "all of them"])
 def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, monkeypatch, caplog):
     ms.fit(whole := small(), tiny_data(), **FAST | {"epochs": 3})
     stopped(tmp_path, 2, monkeypatch)
     before, newest = sorted(tmp_path.glob("epoch-*.pt"))
     if damage == "of another form":
         torch.save({"epoch": 2}, newest)
+    elif damage == "a bit":  # of a weight: nothing but the checksum tells
+        newest.write_bytes(flipped(newest.read_bytes(), read_tensors(newest)["model"]["fc.weight"]))
     else:
         os.truncate(newest, newest.stat().st_size // 2 if damage == "cut" else 0)
     if damage == "all of them":
@@ -299,8 +304,33 @@ def test_a_checkpoint_of_another_run_is_never_continued(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="epoch-0001.pt is a checkpoint of another run; .*another"):
         ms.fit(small(), tiny_data(), **FAST | {"epochs": 3, "lr": 0.1}, run=tmp_path / "a")
     (tmp_path / "a" / "settings.json").unlink()
-    with pytest.raises(ValueError, match="holds a run without its settings.json; .*another folder"):
+    with pytest.raises(ValueError, match="is of a run without its settings.json; .*another folder"):
         ms.fit(small(), tiny_data(), **FAST | {"epochs": 3}, run=tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "gammas.pt", "penalty.pt", "history.json"])
+def test_a_folder_with_a_file_of_a_runs_name_is_not_taken(name, tmp_path):
+    for file in (name, ".movie.mp4.part", f".{name.replace('.', '.7.part.')}"):
+        (tmp_path / file).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} is of a run without its settings.json"):
+        ms.fit(small(), tiny_data(), **FAST, run=tmp_path)
+    assert {p.read_text() for p in tmp_path.glob("*") if p.name != ".lock"} == {"mine"}
+
+
+def test_only_what_a_run_was_writing_is_tidied_up(tmp_path, monkeypatch):
+    stopped(tmp_path, 1, monkeypatch)
+    left = [".model.7.part.pt", ".settings.7.part.json", ".epoch-0002.7.part.pt"]
+    for name in (*left, ".movie.mp4.part", ".notes.part.txt"):
+        (tmp_path / name).touch()
+    ms.fit(small(), tiny_data(), **FAST | {"epochs": 3}, run=tmp_path)
+    assert {p.name for p in tmp_path.glob(".*.part*")} == {".movie.mp4.part", ".notes.part.txt"}
+
+
+def test_checkpoints_are_in_the_order_of_their_epochs(tmp_path):
+    run = Run(tmp_path, {})
+    for epoch in (9998, 9999, 10000, 10001):
+        run.save_checkpoint(epoch, {})
+    assert [path.name for path in run.checkpoints()] == ["epoch-10001.pt", "epoch-10000.pt"]
 
 
 @pytest.mark.parametrize("name", ["settings.json", "history.json"])
@@ -361,6 +391,52 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path, finished, monkeypatch):
         pd.testing.assert_frame_equal(loaded, history)
         assert same(model, again)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["model.pt", "gammas.pt"])
+def test_a_finished_run_knows_its_files_again(name, tmp_path, finished):
+    folder, model = shutil.copytree(finished, tmp_path / "run"), small()
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"{name} is damaged, or not of this run; .*another folder"
+    ):
+        ms.fit(model, tiny_data(), **FAST, run=folder)
+    assert same(model, small())
+    told = json.loads((folder / "history.json").read_text())
+    del told["files"]  # as earlier versions wrote it
+    (folder / "history.json").write_text(json.dumps(told))
+    assert len(ms.fit(model, tiny_data(), **FAST, run=folder)) == 2
+
+
+@pytest.mark.parametrize("run", ["baseline", "global"])
+def test_networks_of_stored_runs_are_still_the_same_layers(run):
+    folder = ROOT / "data" / "recovery-runs" / "resnet20-seed0" / run
+    stored = json.loads((folder / "settings.json").read_text())["layers"]
+    assert network_digest(ms.load(folder / "model.pt"))["layers"] == stored
+
+
+class Attentive(nn.Module):
+    """Of what decides its outputs, `repr` tells the shapes of weights only."""
+
+    def __init__(self, heads=1, dropout=0.0, scale=2, sizes=(1, 2)):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, heads, dropout)
+        self.scale, self.sizes, self.fc = scale, sizes, nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(heads=2), dict(dropout=0.5), dict(scale=3), dict(sizes=(1, None))], ids=str
+)
+def test_plain_attributes_tell_layers_from_others(change):
+    def layers(**how):
+        return network_digest(Attentive(**how).eval())["layers"]
+
+    assert layers() == layers() != layers(**change)
+    moved = Attentive().train()
+    moved.last, moved._seen = torch.ones(1), 1  # what forward may have kept
+    assert network_digest(moved)["layers"] == layers()
 
 
 def nudged(model):
@@ -469,6 +545,21 @@ def test_data_that_cannot_be_told_from_others_need_no_folder(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_run_could_not_keep_is_found_before_the_first_epoch(tmp_path):
+    model = small()
+    penalty, odd = Watch(model), small()
+    penalty.state_dict, penalty.identity = lambda: {"k": [np.float64(0)]}, lambda: "watch"
+    odd.register_buffer("odd", torch.ones(2) * 1j)
+    for words, named in (
+        ((model, penalty), r"the state of .*\['k'\]\[0\] is a float64"),
+        ((odd, None), "ResNet cannot be saved: odd is a torch.complex64"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            ms.fit(words[0], tiny_data(), **FAST, penalty=words[1], run=tmp_path / "run")
+        assert len(ms.fit(words[0], tiny_data(), **FAST, penalty=words[1])) == 2
+    assert len(penalty.seen) == 8 and not (tmp_path / "run").exists()
+
+
 # ---- what is trained on, and what is refused ---------------------------------------------------
 
 
@@ -493,13 +584,88 @@ def test_a_dataloader_will_do(tmp_path):
         ms.evaluate(model, [])
 
 
+def random_state():
+    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+
+class Noisy(TensorDataset):
+    """Images that the random numbers of Python and numpy change, as transforms do."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x * random.random() + float(np.random.rand()), y
+
+    def identity(self):
+        return ["noisy", *self.tensors]
+
+
+def noisy(**how):
+    split = tiny_data().train
+    return DataLoader(Noisy(normalize(split.images), split.labels), 16, **how)
+
+
 def test_the_callers_random_state_and_precision_stay(tmp_path):
     torch.manual_seed(5)
-    model, before = ms.resnet(8, 3), torch.get_rng_state()
-    for data in (tiny_data(), loader(tiny_data().train, shuffle=True)):
+    model, before = ms.resnet(8, 3), random_state()
+    for data in (tiny_data(), loader(tiny_data().train, shuffle=True), noisy()):
         ms.fit(model, data, **FAST)
         ms.recalibrate(model, data if isinstance(data, DataLoader) else data.train, 32, 16)
-        assert torch.equal(torch.get_rng_state(), before)
+        assert random_state() == before
+
+
+def test_what_transforms_draw_follows_from_the_seed(tmp_path, monkeypatch):
+    ms.fit(whole := small(), noisy(), **FAST | {"epochs": 3})
+    random.seed(1)
+    np.random.seed(1)
+    stopped(tmp_path, 1, monkeypatch, data=noisy())
+    ms.fit(again := small(), noisy(), **FAST | {"epochs": 3}, run=tmp_path)
+    assert same(whole, again)
+    first, second = small(), small()
+    for net in (first, second):
+        ms.recalibrate(net, noisy(), 32, 16)
+    assert same(first, second)
+
+
+def test_workers_that_go_on_drawing_have_no_run_folder(tmp_path):
+    lasting = noisy(num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="no identity: .* persistent_workers=False; without a run"):
+        ms.fit(small(), lasting, **FAST, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Ordered(DistributedSampler):
+    def set_epoch(self, epoch):
+        self.told.append(epoch)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sampler_is_told_the_epoch_wherever_it_lies(inside):
+    split = tiny_data().train
+    data = TensorDataset(normalize(split.images), split.labels)
+    sampler = Ordered(data, 1, 0)
+    sampler.told = []
+    how = dict(batch_sampler=BatchSampler(sampler, 16, False))
+    ms.fit(small(), DataLoader(data, **how if inside else dict(sampler=sampler)), **FAST, seed=1)
+    assert list(dict.fromkeys(sampler.told)) == [100_003, 100_004]
+
+
+class Guessed(list):
+    """Batches whose number is said wrongly, as that of an IterableDataset may be."""
+
+    def __len__(self):
+        return self.said
+
+
+@pytest.mark.parametrize(
+    "said, told", [(8, "4 batches, its length is 8"), (3, "4 .*or more, .* 3")]
+)
+def test_a_loader_of_another_length_is_refused_in_the_first_epoch(said, told):
+    batches = Guessed(loader(tiny_data().train))
+    batches.said = said
+    with pytest.raises(ValueError, match=f"the DataLoader made {told}: correct that"):
+        ms.fit(small(), batches, **FAST)
+    batches.said = 4
+    assert len(ms.fit(small(), batches, **FAST)) == 2
 
 
 def labelled(change):
@@ -518,6 +684,8 @@ WRONG = {
     "lr=0: it must be above 0": dict(lr=0),
     "weight_decay=inf": dict(weight_decay=math.inf),
     "seed=-1": dict(seed=-1),
+    "frozen_statistics='no': expected a bool": dict(frozen_statistics="no"),
+    "run='': expected a folder": dict(run=""),
     "unknown precision 'fp8'": dict(precision="fp8"),
     "unknown schedule 'cosin'.*onecycle": dict(schedule="cosin"),
     "penalty=0.001: expected such as ms.GlobalL1": dict(penalty=1e-3),
@@ -526,7 +694,7 @@ WRONG = {
     ),
     "label 2: the network has 2 outputs.*num_classes": dict(model=small(classes=2)),
     "does not run on images .3, 8, 8.*1 channels": dict(model=ms.resnet(8, 3, in_channels=1)),
-    "gives .1, 64, 2, 2.; fit needs a classifier": dict(
+    "gives .1, 64, 2, 2. of 1 images; expected one .N, classes.": dict(
         model=nn.Sequential(*[*small().children()][:6])
     ),
     "weights of torch.float64; fit trains float32": dict(model=small().double()),
@@ -550,8 +718,29 @@ def test_what_does_not_fit_is_named_before_training(message, tmp_path):
     model, data = words.pop("model", small()), words.pop("data", DATA)
     before = copy.deepcopy(model)
     with pytest.raises((ValueError, TypeError), match=message):
-        ms.fit(model, data, **(FAST | words), run=tmp_path / "run")
+        ms.fit(model, data, **(FAST | {"run": tmp_path / "run"} | words))
     assert same(model, before) and model.training and not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, finished):
+    how = dict(epochs=np.int64(2), lr=np.float64(0.05), batch_size=np.int32(16), seed=np.int64(0))
+    ms.fit(small(), tiny_data(), **FAST | how, frozen_statistics=np.False_, run=tmp_path)
+    wanted = (finished / "settings.json").read_text()
+    assert (tmp_path / "settings.json").read_text() == wanted
+
+
+@pytest.mark.parametrize("value", [0.0, None, torch.zeros(2)], ids=str)
+def test_a_penalty_without_a_scalar_tensor_is_named(value):
+    class Odd:
+        def __call__(self):
+            return value
+
+        def __repr__(self):
+            return "Odd(3)"
+
+    with pytest.raises(ValueError, match=r"Odd\(3\) gave .*; expected a scalar tensor"):
+        ms.fit(model := small(), tiny_data(), **FAST, penalty=Odd())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), small().parameters()))
 
 
 def test_divergence_is_an_error_with_advice():
@@ -604,6 +793,22 @@ def test_frozen_statistics_stay_and_weights_move():
     assert not torch.equal(model.bn.weight, before.bn.weight)
 
 
+def test_frozen_statistics_of_a_shared_batchnorm_stay():
+    norm, maps = nn.BatchNorm2d(8), [nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8)]
+    blocks = [nn.Sequential(conv, norm) for conv in maps]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    ms.fit(model, tiny_data(), **FAST, frozen_statistics=True)
+    assert not norm.running_mean.any() and norm.num_batches_tracked == 0
+
+
+def test_a_teacher_stays_in_the_modes_that_its_layers_are_in():
+    teacher = small(1).train()
+    teacher.bn.eval()
+    modes = [m.training for m in teacher.modules()]
+    ms.fit(small(), tiny_data(), **FAST, teacher=teacher)
+    assert [m.training for m in teacher.modules()] == modes
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_it_learns(precision):
     data = ms.load_data("shapes", image_size=8, sizes=(1000, 300))
@@ -631,6 +836,47 @@ def test_evaluate_refuses_a_network_that_has_diverged():
         model.fc.bias[1] = float("nan")
     with pytest.raises(ValueError, match="outputs are nan: the network has diverged"):
         ms.evaluate(model, tiny_data().test)
+
+
+@pytest.mark.parametrize(
+    "labels, named",
+    [
+        (lambda y: y[:, None], r"labels are torch.int64 \[64, 1\]; expected int64 \[64\]"),
+        (lambda y: y[:1], r"labels are torch.int64 \[1\]; expected int64 \[64\]"),
+        (lambda y: nn.functional.one_hot(y), r"labels are torch.int64 \[64, 3\]"),
+        (lambda y: y.float(), r"labels are torch.float32 \[64\]"),
+        (lambda y: y - 1, "label -1: the network has 3 outputs"),
+        (lambda y: y + 1, "label 3: the network has 3 outputs"),
+    ],
+)
+def test_evaluate_counts_labels_of_classes_only(labels, named):
+    split, model = tiny_data().test, small()
+    batch = normalize(split.images), labels(split.labels)
+    with pytest.raises(ValueError, match=named):
+        ms.evaluate(model, [batch])
+    with pytest.raises(ValueError, match=named):  # nor is it a val_top1
+        ms.fit(model, Data("x", split, [batch], split, tuple("abc")), **FAST)
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 8, 8), (64,), (1, 3)])
+def test_evaluate_refuses_what_is_no_classifier(shape):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.zeros(shape)
+
+    with pytest.raises(ValueError, match=r"Odd gives .* of 64 images; expected one \[N, classes\]"):
+        ms.evaluate(Odd(), tiny_data().test)
+
+
+def test_a_network_without_parameters_is_evaluated():
+    class Bright(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    assert 0 < ms.evaluate(Bright(), tiny_data().test) < 100
+    norm = nn.Sequential(nn.BatchNorm2d(3, affine=False))
+    assert ms.recalibrate(norm, tiny_data().train)[0].running_mean.any()
+    assert 0 < ms.evaluate(nn.Sequential(norm, Bright()), tiny_data().test) < 100
 
 
 @pytest.mark.parametrize("size", [0, -3])
@@ -808,6 +1054,7 @@ def test_recalibrate_estimates_the_statistics_of_the_network_as_it_is():
     [
         ([], 2000, "no image for new statistics"),
         (None, 0, "images=0, batch_size=128: both are at least 1"),
+        ([torch.full((4, 3, 8, 8), math.nan)], 4, "bn: new statistics are not finite"),
         ([torch.rand(4, 3, 8, 8), torch.rand(4, 5, 8, 8)], 256, "to have 3 channels, but got 5"),
     ],
 )
@@ -819,6 +1066,17 @@ def test_recalibrate_leaves_the_network_alone_where_it_cannot_be_done(split, ima
         ms.recalibrate(model, data.train if split is None else split, images)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.bn.momentum == moment is not None and model.training
+
+
+def test_recalibrate_changes_the_statistics_of_batchnorms_alone():
+    torch.manual_seed(0)
+    first = nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))  # its vectors move in training mode
+    middle = nn.InstanceNorm2d(8, track_running_stats=True)
+    net = nn.Sequential(first, middle, nn.BatchNorm2d(8)).eval()
+    before = copy.deepcopy(net.state_dict())
+    ms.recalibrate(net, [(torch.randn(4, 3, 8, 8) + 3, torch.zeros(4).long())])
+    changed = [n for n, t in net.state_dict().items() if not torch.equal(t, before[n])]
+    assert changed == ["2.running_mean", "2.running_var", "2.num_batches_tracked"]
 
 
 def test_recalibrate_draws_the_same_from_a_loader_each_time():

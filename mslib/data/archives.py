@@ -63,7 +63,8 @@ def layout(path: Path, names: list[str]) -> tuple[list[str], dict[str, list[str]
     """
     found: dict[str, list[str]] = {"train": [], "test": [], "val": []}
     tops, others = set(), []
-    for name in names:
+    # ./a.png is a.png: unpacked, the last one of a name would be left
+    for name in {tuple(parts_of(name)): name for name in names}.values():
         *above, split, _, _ = parts = ["", "", "", *parts_of(name)]
         hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
         if hidden or not name.lower().endswith(SUFFIXES):

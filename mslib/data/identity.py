@@ -25,7 +25,7 @@ def digest(*values: object) -> str | None:
     Tensors, arrays, texts, numbers and containers of them are told by their content; samplers,
     transforms and data sets of torch and torchvision by all that they hold, files included. Other
     objects need a method `identity()` that returns such values. A function of one's own cannot be
-    identified, nor can a random generator, whose state moves on.
+    identified, nor can a random generator or persistent worker, whose state moves on.
     """
     sink = hashlib.sha256()
     try:
@@ -93,6 +93,8 @@ def _feed_object(sink: Any, value: object) -> None:
 def _state(value: object) -> dict | list:
     """What decides how an object of torch or torchvision behaves; TypeError if it does not say."""
     if isinstance(value, DataLoader):
+        if value.persistent_workers:
+            raise TypeError("workers whose random state moves on from epoch to epoch")
         return [getattr(value, key) for key in (*LOADER, *WORKERS)]
     state = dict(vars(value))
     if isinstance(value, Sampler):  # without the data themselves, and the place in a run

@@ -70,6 +70,8 @@ def _rgb(image: Image.Image) -> Image.Image:
         wide = np.array(image)  # [H, W], 0 to 65535
         if "transparency" in image.info:
             wide[wide == image.info["transparency"]] = 65535
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # of a TIFF: 0 is white
+            wide = 65535 - wide  # as Pillow does where there are 8 bits
         image = Image.fromarray((wide >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits; save it with 8 or 16 bits a channel")

@@ -19,7 +19,7 @@ from .shapes import CLASSES, draw_shapes
 from .tensors import Data, Split
 
 KNOWN = ("shapes", "cifar10", "cifar100")
-RULES = 1  # of reading images: count up where a file would give other pixels than before
+RULES = 2  # of reading images: count up where a file would give other pixels than before
 MOST = 2**33  # bytes of pixels in memory
 log = logging.getLogger("mslib")
 
@@ -204,7 +204,7 @@ def _images(path: Path, side: int | None) -> tuple[list[str], Split, Split]:
         cache = data_folder() / "cache" / f"{digest(file_digest(path), side, RULES)}.pt"
         kept = _cached(cache) or _read(path, side)
         if not cache.exists():
-            with suppress(OSError, RuntimeError):  # else the next start reads the archive again
+            with suppress(OSError, RuntimeError, ValueError):  # else it is read again next time
                 write_tensors(cache, kept)
     else:  # a folder may change inside without a trace
         kept = _read(path, side)

@@ -1,9 +1,12 @@
 """Images as tensors in memory or in batches from elsewhere: splits, augmentation, batches."""
 
+import random
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -75,7 +78,7 @@ class Data:
     def example(self) -> torch.Tensor:
         """A float batch of one image, [1, C, H, W]: what `cost`, `prune` and `latency` take."""
         part = self.train if isinstance(self.train, Split) else self.test
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a number for its workers
+        with own_draws():  # a DataLoader draws a number for its workers
             images, _ = next(batches(part, 1))
         if not images.is_floating_point() or images.dim() != 4:
             raise ValueError(
@@ -84,7 +87,7 @@ class Data:
             )
         return images[:1]
 
-    @cached_property
+    @property  # anew each time, as tensors may be changed in place: 0.1 s for CIFAR-10
     def fingerprint(self) -> str | None:
         """Twelve hex digits that tell images, labels, their order and split, and what loads them.
 
@@ -101,8 +104,28 @@ class Data:
         return f"Data({self.name}: {len(self.classes)} classes, {shape}, {', '.join(sizes)})"
 
 
+@contextmanager
+def own_draws(devices: Iterable[int] = (), seed: int | None = None) -> Iterator[None]:
+    """Inside, torch, numpy and `random` may draw, from `seed` on; the caller's state comes back."""
+    with torch.random.fork_rng(devices), ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        if seed is not None:
+            seed_draws(seed)
+        yield
+
+
+def seed_draws(seed: int) -> None:
+    """For what transforms draw; not by torch.manual_seed, which seeds every GPU."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """uint8 [N, C, H, W] to float with mean about 0 and deviation about 1, channels last."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"the images are {images.dtype}; expected uint8, values from 0 to 255")
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(120.0).div_(64.0)
 
 
@@ -150,8 +173,7 @@ def batches(
     if not isinstance(split, Split):
         yield from split
         return
-    if size < 1:
-        raise ValueError(f"batch_size={size}: a batch holds at least one image; 100 are usual")
+    steps = range(steps_per_epoch(split, size))  # refuses a bad size
     if generator is None:
         for i in range(0, len(split), size):
             yield normalize(split.images[i : i + size]), split.labels[i : i + size]
@@ -159,7 +181,6 @@ def batches(
     device, mine = split.labels.device, slice(share[0], None, share[1])
     order = torch.randperm(len(split), generator=generator).to(device)
     height, n = split.images.shape[2], min(size, len(split))
-    steps = range(steps_per_epoch(split, size))
     # an epoch's draws go to the device at once: nothing waits for it between the batches
     draws = torch.stack([draw(n, height, generator) for _ in steps]).to(device)  # [steps, 3, n]
     for i in steps:
@@ -169,6 +190,8 @@ def batches(
 
 def steps_per_epoch(split: Split | DataLoader, size: int) -> int:
     """An epoch's steps in batches of `size` images; a DataLoader has batches of its own."""
+    if isinstance(split, Split) and (not size >= 1 or size % 1):
+        raise ValueError(f"batch_size={size}: a batch holds at least one image; 100 are usual")
     return max(1, len(split) // size) if isinstance(split, Split) else len(split)
 
 
@@ -186,8 +209,7 @@ def sample(
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
         split = batches(split.subset(order[:images].to(split.labels.device)), size)
     seen = 0
-    with torch.random.fork_rng(devices=[]):  # a DataLoader shuffles by the caller's generator
-        torch.default_generator.manual_seed(seed)
+    with own_draws(seed=seed):  # a DataLoader shuffles by the caller's generator
         for x, y in split:
             yield x[: images - seen], y[: images - seen]
             seen += len(y)

@@ -14,6 +14,9 @@ from ..pruning.masks import Masks, check_shapes
 class Penalty:
     """What `fit` does with a penalty beside adding its value. `a + b` does both."""
 
+    def __repr__(self) -> str:
+        return type(self).__name__
+
     def __call__(self) -> torch.Tensor:
         """The value that is added to the cross-entropy, a scalar tensor: each penalty says it."""
         raise NotImplementedError(f"{type(self).__name__} needs a __call__ that returns its value")
@@ -101,15 +104,15 @@ class HoldZero(Penalty):
     """No penalty: the weights that `masks` drops are zero, now and after each step of a training.
 
     masks: dict[layer name -> BoolTensor shaped like its weight], True = keep, as
-        `masks_for_ratio` makes of weights. Raises ValueError where they do not fit `model`.
+        `masks_for_ratio` makes of weights. Raises ValueError if they do not fit, or drop nothing.
     """
 
     def __init__(self, model: nn.Module, masks: Masks):
         modules = dict(model.named_modules())
         weights = {n: m.weight.shape for n, m in modules.items() if _has_weight(m)}
         check_shapes(masks, weights, "layer with a weight")
-        if not masks:
-            raise ValueError("masks are {}: there is nothing to hold at zero")
+        if all(keep.all() for keep in masks.values()):
+            raise ValueError("the masks would drop nothing: there is nothing to hold at zero")
         self.masks = masks
         self.weights = [(modules[name].weight, keep) for name, keep in masks.items()]
         self.proximal_step(0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..pruning.graph import ChannelGraph
+from ..pruning.groups import short
 from ..pruning.scores import Scores, by_channel_read
 from .filters import Filters
 
@@ -50,20 +51,24 @@ class DependencyL1(Filters):
         self.history: list[list[float]] = []
 
     @cached_property
-    def readers(self) -> list[tuple[Any, torch.Tensor]]:
+    def readers(self) -> list[tuple[str, torch.Tensor]]:
         """The layers that read these channels, with the roots of what they read."""
-        layers, root = self.graph.modules, self.graph.root
+        root = self.graph.root
         chosen = root[torch.cat([self.graph.norms[name] for name in self.weights])]
-        read = [(layers[n], root[ids]) for n, ids in self.graph.inputs.items() if n in layers]
-        return [(layer, roots) for layer, roots in read if torch.isin(roots, chosen).any()]
+        read = [(name, root[ids]) for name, ids in self.graph.inputs.items()]
+        found = [(layer, roots) for layer, roots in read if torch.isin(roots, chosen).any()]
+        if not found:
+            names = short([*self.weights])
+            raise ValueError(f"no layer reads the channels of {names}: for |γ| alone, ms.GlobalL1")
+        return found
 
     def importance(self) -> Scores:
         """S of each channel by the name of its BatchNorm, with its gradient."""
-        total, graph = self.readers[0][0].weight.new_zeros(len(self.graph.root)), self.graph
+        graph, first = self.graph, self.graph.weight(self.readers[0][0])[1]
+        total = first.new_zeros(len(graph.root))
         for layer, roots in self.readers:
-            total = total.index_add(
-                0, roots.to(total.device), by_channel_read(layer, layer.weight.abs())
-            )
+            read = by_channel_read(graph, layer, graph.weight(layer)[1].abs())
+            total = total.index_add(0, roots.to(total.device), read)
         roots = {name: graph.root[graph.norms[name]].to(total.device) for name in self.weights}
         return {name: graph.modules[name].weight.abs() * total[r] for name, r in roots.items()}
 
@@ -90,8 +95,5 @@ class DependencyL1(Filters):
         self.history.append([iteration, now, self.strength])
 
     def parameters(self) -> Iterable[torch.Tensor]:
-        layers = [
-            *(self.graph.modules[name] for name in self.weights),
-            *(m for m, _ in self.readers),
-        ]
-        return [layer.weight for layer in layers]
+        scaled = [self.graph.modules[name].weight for name in self.weights]
+        return scaled + [self.graph.weight(layer)[1] for layer, _ in self.readers]

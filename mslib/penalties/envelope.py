@@ -75,6 +75,7 @@ def spread(z: torch.Tensor, k: int, shrink: float) -> torch.Tensor:
     corners = torch.cat([shrink / z, (1 + shrink) / z]).sort().values
     sums = (corners[:, None] * z - shrink).clamp(0, 1).sum(1)  # [corners], from 0 to groups
     i = torch.searchsorted(sums, torch.full_like(sums[:1], k)).clamp(1, len(sums) - 1)
-    part = (k - sums[i - 1]) / (sums[i] - sums[i - 1])
+    # without a gap all are kept, and rounding hid the last of them: any large η will do
+    part = (k - sums[i - 1]) / (sums[i] - sums[i - 1]).clamp(min=1e-30)
     eta = corners[i - 1] + part * (corners[i] - corners[i - 1])
     return (eta * z - shrink).clamp(0, 1)

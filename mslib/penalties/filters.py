@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..files import digest
+from ..networks import moved
 from ..pruning.graph import ChannelGraph, as_graph
 from ..pruning.masks import NOTHING, Masks, check_masks, check_shapes, masks_for_ratio
 from ..pruning.scores import Scores
@@ -86,16 +87,10 @@ class Filters(Penalty):
         self.iteration = iteration
 
     def state_dict(self) -> dict:
-        state = {}
-        for key in self.STATE:
-            value = getattr(self, key)
-            tensors = isinstance(value, dict)
-            state[key] = {n: t.cpu() for n, t in value.items()} if tensors else value
-        return state
+        return moved({key: getattr(self, key) for key in self.STATE}, "cpu", copy=True)
 
     def load_state_dict(self, state: dict) -> None:
-        for key in self.STATE:
-            setattr(self, key, state[key])
+        vars(self).update(moved({key: state[key] for key in self.STATE}, "cpu", copy=True))
 
     def identity(self) -> Any:
         about: dict[str, Any] = {"penalty": type(self).__name__, "layers": [*self.weights]}

@@ -43,7 +43,7 @@ class FeatureFlow(Penalty):
             )
         self.length, self.curvature = float(length), float(curvature)
         self.model, self.modules = model, followed(model, layers)
-        self.features: Features = []
+        self.features: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
     def __repr__(self) -> str:
         strengths = f"length={self.length:g}, curvature={self.curvature:g}"
@@ -59,10 +59,12 @@ class FeatureFlow(Penalty):
 
     def _keep(self, module, _, out):
         if module.training:
-            self.features.append(out)
+            self.features.append((out, out._version, out.clone()))
 
     def __call__(self) -> torch.Tensor:
-        features, self.features = self.features, []
+        # a copy only where the network changed its own in place: gradients add up in another order
+        kept, self.features = self.features, []
+        features = [out if out._version == version else copy for out, version, copy in kept]
         if not features:
             raise ValueError(
                 "FeatureFlow has no features: run the model in training mode inside "
@@ -106,7 +108,8 @@ def flows(
         features.append(out.to("cpu", copy=True))
 
     with _hooked(followed(model, layers), keep) as stack:
-        stack.callback(model.train, model.training)
+        for m in model.modules():  # a frozen one may be in another mode than the network
+            stack.callback(setattr, m, "training", m.training)
         call(model.eval(), images)
     return runs(features)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..files import digest
+from ..networks import moved
 from ..pruning.graph import ChannelGraph, as_graph
 from ..pruning.masks import Masks, check_shapes, masks_for_ratio
 from ..training.schedules import MOMENTUM
@@ -42,7 +43,7 @@ class GrowingL2(Penalty):
 
     Attributes, all kept with a run: `masks` (None before GReg-2 has picked), `factors`, `history`
     (a row an update), `magnitudes()` of every filter.
-    Raises ValueError for settings out of range, or masks that do not fit the network.
+    Raises ValueError for settings out of range, or masks that do not fit or drop nothing.
     """
 
     def __init__(
@@ -200,12 +201,10 @@ class GrowingL2(Penalty):
         self.seen.append(filters.half().cpu())
 
     def state_dict(self) -> dict:
-        state = {key: getattr(self, key) for key in STATE}
-        return state | {"factors": {n: f.cpu() for n, f in self.factors.items()}}
+        return moved({key: getattr(self, key) for key in STATE}, "cpu", copy=True)
 
     def load_state_dict(self, state: dict) -> None:
-        for key in STATE:
-            setattr(self, key, state[key])
+        vars(self).update(moved({key: state[key] for key in STATE}, "cpu", copy=True))
 
     def identity(self) -> Any:
         masks = self.masks and digest(self.masks.items())
@@ -243,6 +242,8 @@ def _weights(graph, masks, unstructured):
     written = filter_weights(graph, graph.conv_before)
     shapes = {n: w.shape for n, w in convs.items()} | {n: w.shape[:1] for n, w in written.items()}
     check_shapes(masks, shapes, "convolution, or BatchNorm right behind one")
+    if all(keep.all() for keep in masks.values()):
+        raise ValueError("the masks would drop nothing: there is nothing to push to zero")
     for name, keep in masks.items():
         if name in written and not keep.all() and graph.reason(name):
             why = graph.reason(name)

@@ -14,11 +14,10 @@ from torch import nn
 
 from ..data.tensors import Split, sample
 from ..files import reason
-from ..networks import copied
+from ..networks import call, copied
 from .graph import ChannelGraph, Network, as_graph
 from .scores import Scores, by_channel_read, filters
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -52,7 +51,7 @@ def taylor_scores(
     for x, y in sample(split, images, batch_size, seed):
         try:
             with torch.enable_grad():
-                loss = nn.functional.cross_entropy(network(x.to(device)), y.to(device))
+                loss = nn.functional.cross_entropy(call(network, x), y.to(device))
                 found = torch.autograd.grad(loss, parameters) if names else ()
         except (RuntimeError, TypeError, IndexError) as error:
             raise _misfit(graph, x, error) from error
@@ -78,8 +77,8 @@ def fpgm_scores(
     graph = as_graph(model, example)
     writer, scores = graph.conv_before, {}
     for name in graph.prunable_norms(residual, keep):
-        if writer.get(name) in graph.modules:
-            rows = filters(graph.modules[writer[name]])
+        if name in writer:
+            rows = filters(graph, writer[name])
             # the usual way, by a matrix product, finds a filter away from itself
             exact = "donot_use_mm_for_euclid_dist"
             scores[name] = torch.cdist(rows, rows, compute_mode=exact).sum(1)
@@ -139,11 +138,10 @@ def hrank_scores(
 
     for name in names:
         network.get_submodule(name).register_forward_hook(partial(look, name))
-    device = next(network.parameters()).device
     with torch.no_grad():
         for x, _ in sample(split, images, batch_size, seed):
             try:
-                network(x.to(device))
+                call(network, x)
             except (RuntimeError, TypeError, IndexError) as error:
                 raise _misfit(graph, x, error) from error
     return {name: total / count[name] for name, total in sums.items()}
@@ -151,19 +149,17 @@ def hrank_scores(
 
 def _squares(graph: ChannelGraph) -> torch.Tensor:
     """Root -> the sum of the squares of all weights that go with it, float [ids]."""
-    total = torch.zeros(len(graph.root))
+    total = torch.zeros(len(graph.root), dtype=torch.float32)
     for name, ids in graph.outputs.items():
-        if isinstance(graph.modules.get(name), LAYERS):
-            total.index_add_(0, graph.root[ids], filters(graph.modules[name]).square().sum(1))
+        total.index_add_(0, graph.root[ids], filters(graph, name).square().sum(1))
     for name, ids in graph.norms.items():
         if (weight := graph.modules[name].weight) is not None:
             total.index_add_(0, graph.root[ids], weight.detach().float().cpu().square())
     for name, ids in graph.inputs.items():
         # a depthwise convolution reads what it writes: its weights count once
-        if isinstance(graph.modules.get(name), LAYERS) and name not in graph.notes.depthwise:
-            weight = graph.modules[name].weight.detach().float().cpu()
-            read = by_channel_read(graph.modules[name], weight.square())
-            total.index_add_(0, graph.root[ids], read)
+        if name not in graph.notes.depthwise:
+            weight = graph.weight(name)[1].detach().float().cpu()
+            total.index_add_(0, graph.root[ids], by_channel_read(graph, name, weight.square()))
     return total
 
 

@@ -23,6 +23,7 @@ class ChannelGraph:
     """The channels of `model` and the layers that share them.
 
     It is traced once, and may stand for the model and the example wherever these are asked for.
+    Made before a training, it is traced again where the constants of channels are asked for.
 
     model: any network with BatchNorms; wrappers (DataParallel, torch.compile) are taken off. It is
     not changed: a copy without numbers runs, in evaluation mode. example: what its forward takes,
@@ -41,13 +42,27 @@ class ChannelGraph:
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         _refuse_reparametrized(self.modules)
         _refuse_example(self.model, example)
-        self.weights = {n: Weight.named(n, t.detach()) for n, t in named_tensors(self.model)}
+        self._follow()
+
+    # ---- tracing ----
+
+    def _follow(self) -> None:
+        self.weights = self._weights_now()
         self.notes = Notes()
         self._refuse_unreached(self._trace(self.notes, self.weights))
         self._settle()
         self._probe_all()
+        self.known = {name: self.weights[name].numbers().clone() for name in self.notes.asked}
 
-    # ---- tracing ----
+    def _weights_now(self) -> dict[str, Weight]:
+        return {n: Weight.named(n, t.detach()) for n, t in named_tensors(self.model)}
+
+    def renewed(self) -> "ChannelGraph":
+        """This graph, traced again if numbers behind its constants, such as β, have changed."""
+        now = self._weights_now()
+        if not all(n in now and torch.equal(now[n].numbers(), t) for n, t in self.known.items()):
+            self._follow()
+        return self
 
     def _trace(self, notes: Notes, weights: dict[str, Weight]) -> set[str]:
         """Run a copy with the shapes of `weights`, and fill `notes`; the names of those it used."""
@@ -113,7 +128,10 @@ class ChannelGraph:
         self.free = self.free[self.root]  # bool [ids]: a BatchNorm scales it, and nothing keeps it
         gated = torch.zeros(len(self.root), dtype=torch.bool)
         for name, constants in notes.constants.items():
-            gated[self.root[self.inputs[name][constants.isnan()]]] = True
+            behind = self.norm_after.get(name)
+            takes = "bias" in getattr(self.modules.get(name), "_parameters", ())
+            takes |= behind is not None and self.calls[name] == self.calls[behind] == 1
+            gated[self.root[self.inputs[name][constants.isnan() | (not takes)]]] = True
         self.gated = gated[self.root]  # bool [ids]: some reader sees more of it than a constant
 
     def _partly(self, norm: str) -> bool:
@@ -208,6 +226,12 @@ class ChannelGraph:
 
     # ---- answers ----
 
+    def weight(self, layer: str) -> tuple[str, Any]:
+        """Name of the weight of a layer, as `outputs` and `inputs` name it, and what it is now."""
+        name = layer if layer in self.weights else f"{layer}.weight"
+        module, _, key = name.rpartition(".")
+        return name, getattr(self.modules[module], key)
+
     def prunable_norms(self, residual: bool = False, keep: Iterable[str] = ()) -> list[str]:
         """Names of the BatchNorms whose channels can be removed, in the order of the network.
 
@@ -281,13 +305,13 @@ class ChannelGraph:
 Network: TypeAlias = nn.Module | ChannelGraph  # a model, to be given with an example, or its graph
 
 
-def as_graph(model: Network, example: Any = None) -> ChannelGraph:
+def as_graph(model: Network, example: Any = None, constants: bool = False) -> ChannelGraph:
     """The graph of a model and an example; one that was made before is handed through.
 
-    Raises ValueError if the example is missing.
+    constants: of today, if the graph is older. Raises ValueError if the example is missing.
     """
     if isinstance(model, ChannelGraph):
-        return model
+        return model.renewed() if constants else model
     if example is None:
         raise ValueError(
             f"an example input is needed to follow the channels of {type(model).__name__}: give "

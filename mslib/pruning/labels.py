@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..networks import layer_of
+
 # The id of all that never goes: elements of an image, or zeros that padding put beside channels.
 NO_CHANNEL = 0
 
@@ -110,8 +112,7 @@ class Weight:
 
     @property
     def layer(self) -> str:
-        """The module whose `weight` this is; else its own name, as a module may have several."""
-        return self.module if self.name.endswith(".weight") else self.name
+        return layer_of(self.name)
 
     def view(self, data: torch.Tensor) -> "Weight":
         """The weight that an operation made of this one, with its numbers."""
@@ -156,6 +157,7 @@ class Notes:
     slices: dict[tuple[str, int], torch.Tensor] = _table()  # (weight, axis) -> the ids along it
     depthwise: dict[str, torch.Tensor] = _table()  # depthwise convolution -> ids, one a group
     copies: dict[str, Copy] = _table()  # by the name of the shortcut
+    asked: set[str] = field(default_factory=set)  # the weights behind the constants
     beside: dict[str, str] = _table()  # shortcut -> the BatchNorm whose output is added to it
     dense_before: frozenset[str] = frozenset()  # in a cut network: layers that mixed channels
     kept: list[tuple[torch.Tensor, str]] = field(default_factory=list)  # ids, and why they stay

@@ -229,7 +229,7 @@ def _with_floor(
     if below and tell:  # no news to who set a floor; else a layer would have vanished
         level, lost = (logging.INFO, "more") if floor else (logging.WARNING, "all")
         log.log(level, "%s kept in %s: it would have lost %s", _least(floor), short(below), lost)
-    worth = torch.full((len(graph.root),), -torch.inf)
+    worth = torch.full((len(graph.root),), -torch.inf, dtype=torch.float32)
     for name, s in scores.items():
         worth[graph.root[graph.norms[name]]] = s.float()
     while True:  # what a layer keeps may keep channels of others: until nothing changes any more

@@ -32,12 +32,12 @@ def ranked_scores(
     if within not in WITHIN:
         raise ValueError(f"within={within!r}: expected one of {', '.join(WITHIN)}")
     graph = as_graph(model, example)
-    places, worth = torch.zeros(2, len(graph.root))
+    places, worth = torch.zeros(2, len(graph.root), dtype=torch.float32)
     for name, s in shared_scores(graph, scores).items():
         worth[graph.root[graph.norms[name]]] = s
     sets = _sets(graph, scores, within)
     for turn, roots in enumerate(sets):
-        order = worth[roots].argsort(stable=True).argsort()
+        order = worth[roots].argsort(stable=True).argsort().float()
         places[roots] = (order + turn / len(sets)) / len(roots)
     return {name: places[graph.root[graph.norms[name]]] for name in scores}
 

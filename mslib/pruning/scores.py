@@ -41,8 +41,8 @@ def filter_norms(
     graph = as_graph(model, example)
     writer, scores = graph.conv_before, {}
     for name in graph.prunable_norms(residual, keep):
-        if writer.get(name) in graph.modules:
-            scores[name] = by_filter(graph.modules[writer[name]])
+        if name in writer:
+            scores[name] = filters(graph, writer[name]).abs().mean(1)
     return scores
 
 
@@ -56,41 +56,37 @@ def outgoing_norms(
     free, and a filter in a block that adds nothing may have any.
     """
     graph = as_graph(model, example)
-    total = torch.zeros(len(graph.root))
+    total = torch.zeros(len(graph.root), dtype=torch.float32)
     for name, ids in graph.inputs.items():
-        if name in graph.modules:  # not a weight that its module uses by a function
-            norm = graph.norm_after.get(name)
-            sent = _sent(graph.modules[name], graph.modules[norm] if norm else None)
-            total.index_add_(0, graph.root[ids], sent)
+        norm = graph.norm_after.get(name)
+        passed = _passes(graph.modules[norm]) if norm else None
+        sent = by_channel_read(graph, name, _size(graph.weight(name)[1]), passed)
+        total.index_add_(0, graph.root[ids], sent / len(graph.outputs[name]))
     found = gammas(graph, None, residual, keep)
     return {name: gamma * total[graph.root[graph.norms[name]]] for name, gamma in found.items()}
 
 
-def _sent(layer: Any, norm: Any) -> torch.Tensor:
-    """What a layer, and the BatchNorm behind it, make of each channel read: float [channels]."""
-    size = _matrix(layer, _size(layer.weight))
-    passed = _passes(norm)[:, None] if norm is not None else 1.0
-    return _by_input(layer, size * passed) / len(size)
+def by_channel_read(
+    graph: ChannelGraph, layer: str, values: torch.Tensor, passed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`values`, shaped like the weight, summed for each channel read: float [channels read].
+
+    passed: by what each channel written is multiplied before the sum, float [channels written].
+    """
+    values = by_row(graph, layer, values.flatten(2).sum(2) if values.ndim > 2 else values)
+    values = values if passed is None else values * passed[:, None]
+    groups = len(graph.inputs[layer]) // values.shape[1]
+    return values.reshape(groups, -1, values.shape[1]).sum(1).flatten()
 
 
-def by_channel_read(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """`values`, shaped like the weight, summed for each channel read: float [channels read]."""
-    return _by_input(layer, _matrix(layer, values))
-
-
-def _matrix(layer: Any, values: torch.Tensor) -> torch.Tensor:
-    """`values`, shaped like the weight, summed over the kernel: float [written, read / groups]."""
-    values = values.flatten(2).sum(2) if values.ndim > 2 else values
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # [in, out / groups, …]
-        groups = values.reshape(layer.groups, -1, values.shape[1])
-        values = groups.transpose(1, 2).flatten(0, 1)
-    return values
-
-
-def _by_input(layer: Any, matrix: torch.Tensor) -> torch.Tensor:
-    """Such a matrix, summed over what its layer writes: float [channels read]."""
-    groups = getattr(layer, "groups", 1)
-    return matrix.reshape(groups, -1, matrix.shape[1]).sum(1).flatten()
+def by_row(graph: ChannelGraph, layer: str, values: torch.Tensor) -> torch.Tensor:
+    """`values`, shaped like the weight, a row a channel written: [written, read / groups, …]."""
+    written, first = graph.outputs[layer], graph.notes.slices.get((graph.weight(layer)[0], 0))
+    if first is not None and torch.equal(first, written):
+        return values
+    # [groups, read / groups, written / groups, …], as a transposed convolution has them
+    groups = values.reshape(len(written) // values.shape[1], -1, *values.shape[1:])
+    return groups.transpose(1, 2).flatten(0, 1)
 
 
 def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> Scores:
@@ -110,19 +106,9 @@ def weight_norms(model: Network, example: Any = None, scaled: bool = False) -> S
     return {name: sizes[name] * scale[:, None, None, None] for name, scale in behind.items()}
 
 
-def by_filter(layer: Any) -> torch.Tensor:
-    """Mean |W| of each filter of a convolution or linear layer, float [channels written]."""
-    return filters(layer).abs().mean(1)
-
-
-def filters(layer: Any) -> torch.Tensor:
-    """The weights of a convolution or linear layer, a filter a row: float [channels written, …]."""
-    weight = layer.weight.detach().float().cpu()
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        # [groups, in / groups, out / groups, …]
-        groups = weight.reshape(layer.groups, -1, *weight.shape[1:])
-        weight = groups.transpose(1, 2).flatten(0, 1)
-    return weight.flatten(1)
+def filters(graph: ChannelGraph, layer: str) -> torch.Tensor:
+    """The weights of a layer, a filter a row: float [channels written, …]."""
+    return by_row(graph, layer, graph.weight(layer)[1].detach().float().cpu()).flatten(1)
 
 
 def check_scores(graph: ChannelGraph, scores: Scores) -> None:
@@ -141,7 +127,7 @@ def check_scores(graph: ChannelGraph, scores: Scores) -> None:
 def shared_scores(graph: ChannelGraph, scores: Scores) -> Scores:
     """A channel that several BatchNorms scale is worth what the one says that values it most."""
     check_scores(graph, scores)
-    best = torch.full((len(graph.root),), -torch.inf)
+    best = torch.full((len(graph.root),), -torch.inf, dtype=torch.float32)
     for name, s in scores.items():
         best.scatter_reduce_(0, graph.root[graph.norms[name]], s.float(), "amax")
     return {name: best[graph.root[graph.norms[name]]] for name in scores}

@@ -1,11 +1,15 @@
 """Surgery: from a network and a keep-mask to a smaller network that computes the same."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ..files import reason
 from ..networks import ShapesOnly, call, copied, meta_copy, named_tensors, sync_widths, tensors_in
@@ -41,7 +45,7 @@ def prune(
     channel, or ask for channels that cannot be cut (with the reason), and for networks that cannot
     be traced.
     """
-    graph = as_graph(model, example)
+    graph = as_graph(model, example, fold_bias)
     drop = check_masks(graph, masks)
     small = _cut(graph, drop)
     _compare(graph, small, _silenced(graph, drop, keep_bias=False, shared=True))
@@ -64,7 +68,7 @@ def zero_masked(
     zero γ only (and β where `prune(…, fold_bias=True)` cannot carry it on: behind a gate that
     depends on the image).
     """
-    graph = as_graph(model, example)
+    graph = as_graph(model, example, keep_bias)
     return _silenced(graph, check_masks(graph, masks), keep_bias)
 
 
@@ -237,8 +241,8 @@ def _extended(x: torch.Tensor, before: list[int], after: list[int] | None = None
 
 def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
     """Refuse a cut that computes anything else than `zeroed` on the example."""
-    found = _outputs(copied(small, _own(small)).eval(), graph.example)
-    wanted = _outputs(zeroed.eval(), graph.example)
+    small, zeroed = copied(small, _own(small)).eval(), zeroed.eval()
+    found, wanted = _outputs(small, graph.example), _outputs(zeroed, graph.example)
     if not wanted:
         raise ValueError("the network returned no tensors, so the cut cannot be checked on them")
     if not all(w.isfinite().all() for w in wanted):
@@ -246,6 +250,9 @@ def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
             "the network's outputs on the example are not finite, before any cut: it has diverged; "
             "train it with a smaller lr"
         )
+    with suppress(Exception):  # noise may be nothing that it takes
+        for noise in _noise(graph.example):
+            found, wanted = found + _outputs(small, noise), wanted + _outputs(zeroed, noise)
     for f, w in zip(found, wanted, strict=True):
         limit = TOLERANCE.get(w.dtype, 0) * float(w.abs().max()) if w.numel() else 0
         if f.shape != w.shape or (w.numel() and float((f - w).abs().max()) > limit):
@@ -255,6 +262,14 @@ def _compare(graph: ChannelGraph, small: nn.Module, zeroed: nn.Module) -> None:
                 f"the pruned network differs from the masked one {off} on the example: its forward "
                 f"does something with channels that tracing did not show; {REPORT}"
             )
+
+
+def _noise(example: Any) -> Iterator[Any]:
+    """Random numbers shaped like an example that is constant, as zeros show nothing; else none."""
+    if not any((t != t.flatten()[0]).any() for t in tensors_in(example) if t.is_floating_point()):
+        draw = partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        drawn = lambda t: torch.is_tensor(t) and t.is_floating_point()  # noqa: E731
+        yield tree_map(lambda t: draw(t.shape).to(t) if drawn(t) else t, example)
 
 
 def _refuse_untrainable(graph: ChannelGraph, small: nn.Module) -> None:
@@ -286,4 +301,5 @@ def _outputs(model: nn.Module, example: Any) -> list[torch.Tensor]:
         torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
     ):
-        return tensors_in(call(model, example))
+        # bools have no difference
+        return [t.byte() if t.dtype == torch.bool else t for t in tensors_in(call(model, example))]

@@ -13,6 +13,7 @@ ids of their channels:
 
 import functools
 import math
+import re
 
 import torch
 from torch.nn import functional as F
@@ -145,7 +146,7 @@ class Tracer(ShapesOnly):
         # A cut grouped convolution may be left with one channel a group, a depthwise one with one.
         depthwise = 1 < groups == x.shape[1] and own.layer not in self.notes.dense_before
         if row and (depthwise or own.layer in self.notes.depthwise):
-            made = self._depthwise(own, bias, row, out.shape[1] // groups, transposed)
+            made = self._depthwise(weight, bias, row, out.shape[1] // groups, transposed)
         else:
             made = self._dense(own, bias, row, out.shape[1], groups, transposed)
         return self._label(out, made.along(1, out.ndim))
@@ -179,15 +180,16 @@ class Tracer(ShapesOnly):
             notes.keep(ids, f"{own.layer} is grouped, and what it reads cannot be followed")
         return Value.unknown(ids, own.layer)
 
-    def _depthwise(self, own: Weight, bias, row: Row, times: int, transposed: bool) -> Value:
+    def _depthwise(self, weight, bias, row: Row, times: int, transposed: bool) -> Value:
         """Each channel for itself, `times` outputs of each: they have the ids of what is read."""
+        own = self.weights[id(weight)]
         ids, dead, constant = (t.repeat_interleave(times) for t in row)
-        self.notes.outputs[own.layer] = ids
+        self.notes.outputs.setdefault(own.layer, ids)
         self.notes.depthwise[own.layer] = row.ids
         self.notes.slice(own.name, 0, row.ids if transposed else ids)
         self._slice(bias, ids)
         # A constant stays one but for the border; a transposed convolution makes a pattern of it.
-        kernel = torch.tensor(torch.nan) if transposed else own.numbers().flatten(1).sum(1)
+        kernel = torch.tensor(torch.nan) if transposed else self._numbers(weight).flatten(1).sum(1)
         constant = constant * kernel
         if bias is not None:
             dead, constant = torch.zeros_like(dead), constant + self._numbers(bias)
@@ -245,7 +247,8 @@ class Tracer(ShapesOnly):
             return same and self._label(out, Value.unknown(value.ids))
         if any(word in _name(func) for word in OVER_PIXELS):
             out = out[0] if isinstance(out, tuple) else out
-            same = not any(value.varies(d) for d in range(2, out.ndim))
+            axes = re.search(r"[123](?=d)", _name(func))  # the last 1, 2 or 3 are pooled over
+            same = axes is not None and not any(value.varies(-1 - d) for d in range(int(axes[0])))
             return same and self._label(out, Value.of(value))
         return False
 
@@ -360,7 +363,10 @@ class Tracer(ShapesOnly):
     def _numbers(self, tensor: torch.Tensor) -> torch.Tensor:
         """float64 numbers of a tensor, nan where they are not known."""
         weight = self.weights.get(id(tensor))
-        return torch.tensor(torch.nan, dtype=torch.float64) if weight is None else weight.numbers()
+        if weight is None:
+            return torch.tensor(torch.nan, dtype=torch.float64)
+        self.notes.asked.add(weight.name)
+        return weight.numbers()
 
     def _numbers_of(self, func, args, kwargs, ndim: int):
         """(dead, constant) behind a pointwise operation.

@@ -3,6 +3,7 @@
 Qian et al., "Boosting pruned networks with linear over-parameterization", 2022, arXiv 2204.11444.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,36 +28,50 @@ def widen(
     M = Lᵀ·W·Fᵀ between factor · in and factor · out channels, and L, 1×1, with LLᵀ = 1, which has
     the bias. Stride, padding and dilation stay with M. F and L are random rotations drawn by
     `seed`; how the paper fills them could not be checked (ours), nor is its distillation here.
-    layers: names of convolutions; default: all Conv2d without groups.
+    layers: names of convolutions; default: all Conv2d without groups, but for those that share
+    their weight with another module. One convolution under several names is widened under all.
 
     Raises ValueError for a factor below 1, or names that are no such convolution.
     """
     if not 1 <= factor < float("inf"):
         raise ValueError(f"factor={factor}: how many times as wide, 1 or above, for example 4")
     wide = copied(model)
-    known = {n: m for n, m in wide.named_modules() if type(m) is nn.Conv2d and m.groups == 1}
+    every = wide.named_modules(remove_duplicate=False)
+    known = {n: m for n, m in every if type(m) is nn.Conv2d and m.groups == 1}
     known = {n: m for n, m in known.items() if n and not isinstance(_parent(wide, n)[0], Widened)}
+    held = Counter(id(p) for m in wide.modules() for p in m._parameters.values())
+    tied = {n for n, m in known.items() if held[id(m.weight)] > 1}
     if not known:
         raise ValueError(f"{type(model).__name__} has no Conv2d without groups in it to widen")
-    generator = torch.Generator().manual_seed(seed)
-    for name in known if layers is None else [layers] if isinstance(layers, str) else layers:
+    generator, made = torch.Generator().manual_seed(seed), {}
+    chosen = [n for n in known if n not in tied] if layers is None else layers
+    for name in [chosen] if isinstance(chosen, str) else chosen:
         if name not in known:
             hint = nearest(name, known)
             raise ValueError(f"layers: {name!r} is no Conv2d without groups of the network{hint}")
-        parent, key = _parent(wide, name)
-        setattr(parent, key, _widened(known[name], factor, generator))
-    return wide
+        if name in tied:
+            raise ValueError(
+                f"layers: {name!r} shares its weight with another module; leave it out"
+            )
+        if known[name] not in made:
+            made[known[name]] = _widened(known[name], factor, generator)
+    return _with(wide, made)
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """A new network in which each layer that `widen` made is one convolution again, L·M·F."""
     merged = copied(model)
-    for name, m in [*merged.named_modules()]:
-        if isinstance(m, Widened):
-            parent, key = _parent(merged, name)
-            setattr(parent, key, _merged(m))
-    return merged
+    return _with(merged, {m: _merged(m) for m in merged.modules() if isinstance(m, Widened)})
+
+
+def _with(model: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`model` with other modules in the place of some, wherever it holds these."""
+    for parent in [*model.modules()]:
+        for key, m in [*parent._modules.items()]:
+            if m in made:
+                setattr(parent, key, made[m])
+    return model
 
 
 def _widened(conv: Any, factor: float, generator: torch.Generator) -> Widened:
@@ -66,9 +81,9 @@ def _widened(conv: Any, factor: float, generator: torch.Generator) -> Widened:
     middle = torch.einsum("ab,bchw,dc->adhw", last, conv.weight.cpu().double(), first)
     parts = (first[..., None, None], middle, last.T[..., None, None])
     made = Widened(
-        nn.Conv2d(conv.in_channels, n_in, 1, bias=False),
+        nn.Conv2d(conv.in_channels, n_in, 1, bias=False, device="meta"),  # nothing is drawn
         _like(conv, middle, bias=False),
-        nn.Conv2d(n_out, conv.out_channels, 1, bias=conv.bias is not None),
+        nn.Conv2d(n_out, conv.out_channels, 1, bias=conv.bias is not None, device="meta"),
     )
     for layer, weight in zip(made, parts, strict=True):
         layer.weight = nn.Parameter(weight.to(conv.weight), conv.weight.requires_grad)
@@ -88,7 +103,7 @@ def _merged(wide: Any) -> nn.Conv2d:
 def _like(conv: Any, weight: torch.Tensor, bias: bool) -> nn.Conv2d:
     """A convolution that moves over the image as `conv` does, of the widths of `weight`."""
     how = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1, bias, conv.padding_mode)
-    return nn.Conv2d(weight.shape[1], weight.shape[0], *how)
+    return nn.Conv2d(weight.shape[1], weight.shape[0], *how, device="meta")
 
 
 def _rotation(many: int, few: int, generator: torch.Generator) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -26,6 +27,9 @@ class Settings:
     frozen_statistics: bool
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # a run folder's JSON takes Python's numbers only
+                object.__setattr__(self, name, value.item())
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, Integral) or not least <= int(value) < 2**32:
@@ -36,6 +40,8 @@ class Settings:
                 raise ValueError(f"{name}={value!r}: expected a finite number, not below 0")
         if self.lr == 0:
             raise ValueError(f"lr={self.lr}: it must be above 0, for example 0.1")
+        if not isinstance(self.frozen_statistics, bool):
+            raise ValueError(f"frozen_statistics={self.frozen_statistics!r}: expected a bool")
         learning_rates(self.lr, 1, self.schedule)  # refuses an unknown schedule
 
 
@@ -67,10 +73,10 @@ def first_batch(train: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(batch)
 
 
-def check_labels(y: torch.Tensor, outputs: int) -> None:
-    """ValueError unless `y` is int64 [N], from 0 to `outputs` - 1."""
-    if y.dtype != torch.int64 or y.ndim != 1:
-        raise ValueError(f"the labels are {y.dtype} {list(y.shape)}; expected int64 [N]")
+def check_labels(y: torch.Tensor, outputs: int, images: int | None = None) -> None:
+    """ValueError unless `y` is int64 [`images`], from 0 to `outputs` - 1."""
+    if y.dtype != torch.int64 or y.ndim != 1 or images not in (None, len(y)):
+        raise ValueError(f"labels are {y.dtype} {list(y.shape)}; expected int64 [{images or 'N'}]")
     wrong = y[(y < 0) | (y >= outputs)]
     if len(wrong):
         raise ValueError(
@@ -81,7 +87,8 @@ def check_labels(y: torch.Tensor, outputs: int) -> None:
 
 def count_outputs(model: nn.Module, x: torch.Tensor) -> int:
     """How many outputs `model` has for an image, float [1, C, H, W]; ValueError if it has none."""
-    weights, training, name = list(model.parameters()), model.training, type(model).__name__
+    weights, name = list(model.parameters()), type(model).__name__
+    modes = [(m, m.training) for m in model.modules()]
     if x.dtype != torch.float32:
         raise ValueError(f"the images are {x.dtype}; expected float32: ms.normalize(…) makes it")
     other = [p.dtype for p in weights if p.is_floating_point() and p.dtype != torch.float32]
@@ -93,10 +100,16 @@ def count_outputs(model: nn.Module, x: torch.Tensor) -> int:
     except Exception as error:  # of any kind, from inside the network
         raise ValueError(f"{name} does not run on images {list(x.shape[1:])}: {error}") from error
     finally:
-        model.train(training)
-    if not isinstance(out, torch.Tensor) or out.ndim != 2:
+        for m, mode in modes:
+            m.training = mode
+    return classes_in(out, name, 1)
+
+
+def classes_in(out: Any, name: str, images: int) -> int:
+    """The number of classes that the outputs of the network `name` are for; ValueError if none."""
+    if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != images:
         found = list(out.shape) if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        raise ValueError(f"{name} gives {found}; fit needs a classifier, one tensor [N, classes]")
+        raise ValueError(f"{name} gives {found} of {images} images; expected one [N, classes]")
     return out.shape[1]
 
 

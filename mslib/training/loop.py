@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes as parallel
-from ..data.tensors import Data, Split, batches, steps_per_epoch
-from ..networks import batch_norms, copied
+from ..data.tensors import Data, Split, batches, own_draws, seed_draws, steps_per_epoch
+from ..files import packed
+from ..networks import batch_norms, check_savable, copied, named_tensors
 from .checks import (
     Settings,
     as_data,
@@ -24,6 +25,7 @@ from .checks import (
     check_penalty,
     check_teacher,
     check_trainable,
+    classes_in,
     count_outputs,
     first_batch,
 )
@@ -83,8 +85,7 @@ def fit(
     settings = Settings(epochs, lr, batch_size, schedule, weight_decay, seed, frozen_statistics)
     held_out = getattr(data, "val", None)  # a DataLoader alone has none
     data, device = as_data(data, batch_size), pick_device(device)
-    gpus = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):  # the caller's generators stay as they are
+    with own_draws([device.index or 0] if device.type == "cuda" else ()):
         check_trainable(model)
         x, y = first_batch(data.train)
         outputs = count_outputs(model, x[:1])
@@ -98,6 +99,8 @@ def fit(
         parallel.join(device)
         if run is None:
             return training.go(None, computed, asked)
+        check_savable(model)
+        packed(penalty_state(penalty), f"the state of {penalty!r}")
         wanted = asdict(settings) | {"precision": computed, "processes": parallel.world()}
         wanted["teacher"] = None if teacher is None else network_digest(teacher)
         free = ("precision",) if precision == "auto" else ()
@@ -179,7 +182,8 @@ class _Training:
         self.model.train()
         if self.settings.frozen_statistics:
             for m in self.model.modules():
-                m.train(not isinstance(m, nn.modules.batchnorm._BatchNorm))
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
         with getattr(self.penalty, "attached", nullcontext)():
             loss, extra = self._steps(network, epoch)
         parallel.agree(self.model)
@@ -221,6 +225,8 @@ class _Training:
                 if self.teacher is not None:
                     goal = (loss + self._distance(outputs, x)) / 2
             extra = self.penalty() if self.penalty is not None else torch.zeros_like(loss)
+            if not isinstance(extra, Tensor) or extra.numel() != 1:
+                raise ValueError(f"{self.penalty!r} gave {extra!r:.80}; expected a scalar tensor")
             (goal + extra).backward()
             self.optimizer.step()
             self._ask_penalty("proximal_step", rate / (1 - MOMENTUM))
@@ -241,19 +247,24 @@ class _Training:
         """This process's share of every training batch, on the device."""
         seed = self.settings.seed * 100_003 + epoch  # an epoch draws nothing that others decide
         generator = torch.Generator().manual_seed(seed)
-        # for dropout and DataLoaders; not by torch.manual_seed, which seeds every GPU
-        torch.default_generator.manual_seed(seed)
+        seed_draws(seed)  # for dropout and DataLoaders
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
-        if hasattr(getattr(self.train, "sampler", None), "set_epoch"):  # a DistributedSampler
-            self.train.sampler.set_epoch(seed)
-        share = (parallel.rank(), parallel.world())
+        for each in (self.train, getattr(self.train, "batch_sampler", self.train)):
+            if hasattr(getattr(each, "sampler", None), "set_epoch"):  # a DistributedSampler
+                each.sampler.set_epoch(seed)
+        share, made = (parallel.rank(), parallel.world()), 0
         for x, y in batches(self.train, self.settings.batch_size, generator, share):
+            if (made := made + 1) > self.steps:
+                break
             if not isinstance(self.train, Split):
-                check_labels(y, self.outputs)
+                check_labels(y, self.outputs, len(x))
             layout = self.layout if x.ndim == 4 else torch.preserve_format
             x = x.to(self.device, memory_format=layout, non_blocking=True)
             yield x, y.to(self.device, non_blocking=True)
+        if made != self.steps:
+            found = f"{made} batches{' or more' * (made > self.steps)}, its length is {self.steps}"
+            raise ValueError(f"the DataLoader made {found}: correct that, or try drop_last=False")
 
     def _ask_penalty(self, name, value):
         """Call a method of the penalty, if it has it: a plain function has none."""
@@ -280,14 +291,17 @@ class _Training:
 def evaluate(model: nn.Module, split: Split | Iterable, batch_size: int = 500) -> float:
     """Top-1 in percent of `model` on a `Split` or a DataLoader, in evaluation mode.
 
-    Afterwards all of the network is in the mode that `model` was in. ValueError without an image.
+    Afterwards all of the network is in the mode that `model` was in. ValueError without an image,
+    for outputs that are not [N, classes], and for labels that are not int64 [N] of these classes.
     """
-    device, correct, seen, bad = next(model.parameters()).device, 0, 0, False
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    correct, seen, bad = 0, 0, False
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
         for x, y in batches(split.to(device) if isinstance(split, Split) else split, batch_size):
             out = model(x.to(device))
+            check_labels(y, classes_in(out, type(model).__name__, len(x)), len(x))
             correct += (out.argmax(1) == y.to(device)).sum()
             bad |= out.isnan().any()
             seen += len(y)
@@ -314,9 +328,9 @@ def recalibrate(
     """
     if images < 1 or batch_size < 1:
         raise ValueError(f"{images=}, {batch_size=}: both are at least 1, such as 2000 and 128")
-    trial, device = copied(model), next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    trial = copied(model)
+    device = next((t.device for _, t in named_tensors(trial)), torch.device("cpu"))
+    with own_draws(seed=seed):
         if isinstance(split, Split):
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
             few, drawn = split.subset(order[:images]).to(device), torch.Generator()
@@ -326,7 +340,13 @@ def recalibrate(
         if (first := next(loader := iter(loader), None)) is None:
             raise ValueError("no image for new statistics: the split or DataLoader is empty")
         torch.optim.swa_utils.update_bn(itertools.chain([first], loader), trial, device)
-    model.load_state_dict(trial.state_dict())
+    norms = nn.modules.batchnorm._BatchNorm  # training mode moves more, such as spectral norms
+    new = {name: m for name, m in trial.named_modules() if isinstance(m, norms)}
+    for name, m in new.items():
+        if not all(value.isfinite().all() for value in m.buffers()):
+            raise ValueError(f"{name}: new statistics are not finite; look for nan in the images")
+    for name, m in new.items():
+        model.get_submodule(name).load_state_dict(m.state_dict())
     return model
 
 

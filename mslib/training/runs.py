@@ -18,14 +18,18 @@ import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from ..data.identity import PLAIN, file_digest
 from ..files import digest, read_json, read_tensors, write_json, write_tensors
-from ..networks import load, save
+from ..networks import load, save, unwrap
 from ..processes import rank, wait
 
 log = logging.getLogger("mslib")
 HISTORY = ("epoch", "lr", "loss", "penalty", "val_top1", "gamma_median", "gamma_below")
 CHECKPOINT = {"run", "model", "optimizer", "history", "gammas", "seconds", "penalty"}
+RESULTS = ("model.pt", "gammas.pt", "penalty.pt")
+WRITTEN = ("settings.json", "history.json", *RESULTS, "epoch-*.pt")
 ELSEWHERE = "it cannot be told whose run this is: give another folder"
 
 # ---- identity ----------------------------------------------------------------------------------
@@ -45,21 +49,33 @@ def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
             f"the penalty {penalty!r} cannot be told from others: derive its class from ms.Penalty "
             f"and give it `identity()`, what decides its effect{remedy}"
         )
-    if data.fingerprint is None:
-        raise ValueError(f"these data have no identity: use ms.load_data or ms.load_folder{remedy}")
+    if (images := data.fingerprint) is None:
+        usual = "ms.load_data, ms.load_folder, or data with identity() and persistent_workers=False"
+        raise ValueError(f"these data have no identity: use {usual}{remedy}")
     try:
         known = json.loads(json.dumps(known, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{penalty!r}.identity() is no plain JSON value: {error}") from None
-    return settings | {"penalty": known, "data": data.fingerprint, **network_digest(model)}
+    return settings | {"penalty": known, "data": images, **network_digest(model)}
 
 
 def network_digest(model: nn.Module) -> dict[str, str]:
     """What a network is: a digest of its layers, one of the bytes of its weights and buffers."""
-    layers = re.sub(r" at 0x\w+", "", repr(model)).encode()
+    layers = re.sub(r" at 0x\w+", "", "".join([repr(model), *_untold(model)])).encode()
     named = (model.named_parameters, model.named_buffers)
     tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
     return {"layers": hashlib.sha256(layers).hexdigest(), "weights": digest(tensors)}
+
+
+def _untold(model: nn.Module) -> Iterator[str]:
+    """What decides, too, what the modules compute, and is not in their repr: plain attributes."""
+    for name, m in unwrap(model).named_modules():  # a wrapper's depend on the machine
+        kind, told = type(m).__module__, type(m).extra_repr is not nn.Module.extra_repr
+        own = {} if kind.startswith("mslib.") or told and kind.startswith("torch.nn.") else vars(m)
+        for key, value in sorted(own.items()):
+            plain = all(isinstance(leaf, PLAIN) for leaf in tree_leaves(value))
+            if plain and key[0] != "_" and key != "training":
+                yield f"\n{name}.{key} of {kind}.{type(m).__qualname__}: {value!r}"
 
 
 def check_settings(folder: Path, have: dict, want: dict) -> None:
@@ -144,7 +160,7 @@ def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iter
         if not rank():
             run.begin(free)
         wait()  # under torchrun the first process decides for all
-        run.settings = _read(run.path / "settings.json")
+        run.settings = read_json(run.path / "settings.json")
         yield run
 
 
@@ -153,9 +169,12 @@ def opened(path: str | Path, settings: dict, free: tuple[str, ...] = ()) -> Iter
 
 class Run:
     """settings.json; while training, the two newest epoch-NNNN.pt; at the end model.pt, gammas.pt,
-    penalty.pt (if the penalty has a state) and history.json, which marks the run as finished."""
+    penalty.pt (if the penalty has a state) and history.json, which marks the run as finished and
+    has the digests of these."""
 
     def __init__(self, path: str | Path, settings: dict):
+        if not str(path):
+            raise ValueError("run='': expected a folder, such as 'runs/first', or None for none")
         self.path, self.settings = Path(path), settings
 
     @property
@@ -171,20 +190,24 @@ class Run:
         """Take over the folder: as a new one, or as the one that this very run has begun."""
         file = self.path / "settings.json"
         if file.exists():
-            have = _read(file)
+            have = read_json(file)
             own = {name: have[name] for name in free if name in have}
             check_settings(self.path, have, self.settings | own)
-        elif self.finished or self.checkpoints():
-            raise ValueError(f"{self.path} holds a run without its {file.name}; {ELSEWHERE}")
+            # what a killed process was writing, or had no time to remove
+            left = [f".{name.replace('.', '.*.part.')}" for name in WRITTEN]
+            for path in self._found(*left) + self.checkpoints() * self.finished:
+                path.unlink(missing_ok=True)
+        elif found := self._found(*WRITTEN):
+            raise ValueError(f"{found[0]} is of a run without its {file.name}; {ELSEWHERE}")
         else:
             write_json(file, self.settings)
-        # what a killed process was writing, or had no time to remove
-        for path in self.checkpoints() if self.finished else self.path.glob(".*.part*"):
-            path.unlink(missing_ok=True)
+
+    def _found(self, *patterns: str) -> list[Path]:
+        return [path for pattern in patterns for path in self.path.glob(pattern)]
 
     def checkpoints(self) -> list[Path]:
         """Paths of the checkpoints, newest first."""
-        return sorted(self.path.glob("epoch-*.pt"), reverse=True)
+        return sorted(self._found("epoch-*.pt"), key=lambda p: (len(p.name), p.name), reverse=True)
 
     def save_checkpoint(self, epoch: int, state: dict) -> None:
         write_tensors(self.path / f"epoch-{epoch:04d}.pt", state | {"run": self.id})
@@ -217,6 +240,7 @@ class Run:
             for row in state["history"]
         ]
         told = {"epochs": rows, "seconds": round(state["seconds"])} | environment()
+        told["files"] = {path.name: file_digest(path) for path in self._found(*RESULTS)}
         write_json(self.path / "history.json", told)
         for path in self.checkpoints():
             path.unlink(missing_ok=True)
@@ -224,6 +248,10 @@ class Run:
     def results(self, model: nn.Module, penalty: Any) -> pd.DataFrame:
         """Give `model` and `penalty` what the finished run ended with; return its history."""
         history = read_history(self.path)
+        files = read_json(self.path / "history.json").get("files", {})
+        for path in self._found(*RESULTS):  # earlier versions noted no digests
+            if files.get(path.name, "") not in ("", file_digest(path)):
+                raise ValueError(f"{path} is damaged, or not of this run; {ELSEWHERE}")
         load(self.path / "model.pt", model)
         if penalty_state(penalty):
             penalty.load_state_dict(read_tensors(self.path / "penalty.pt"))
@@ -238,21 +266,11 @@ def penalty_state(penalty: Any) -> dict:
 def read_history(path: str | Path) -> pd.DataFrame:
     """The history of the finished run in folder `path`, one row an epoch."""
     file = Path(path) / "history.json"
-    rows = _read(file).get("epochs")
+    rows = read_json(file).get("epochs")
     try:
         return pd.DataFrame(rows)[list(HISTORY)].astype(dict.fromkeys(HISTORY[1:], float))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file} is no history of a run; {ELSEWHERE}") from None
-
-
-def _read(file):
-    try:
-        value = read_json(file)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged; {ELSEWHERE}")
-    return value
 
 
 def environment() -> dict[str, Any]:
