@@ -1,6 +1,7 @@
 """Settings: presets, what is refused and how, and what a stage's folder depends on."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 import mslib as ms
 from mslib.course import results
 from mslib.course.cli import _value
-from mslib.course.settings import SETTINGS, _assigned
+from mslib.course.settings import SETTINGS, _assigned, read_yaml
 from mslib.course.stages import NEEDS, Stage
 from mslib.files import write_json
 
@@ -144,6 +145,15 @@ def test_lessons_06_to_10_depend_on_what_they_read():
     assert "train_size" in cfg.up_to(1) and "train_size" not in ms.config("standard").up_to(1)
 
 
+@pytest.mark.parametrize("name", ["x/../../../../escaped/y", "a\\b", "a:b", "a\n", "what?", "x."])
+def test_no_setting_leads_out_of_the_folder_of_runs(tmp_path, name):
+    path = folder("09_your_own_network", tmp_path, own_network=name)
+    assert re.fullmatch(r"09_your_own_network,[0-9a-f]{12}", path.name)
+    assert path.parent == tmp_path / "quick"
+    plain = folder("09_your_own_network", tmp_path, own_network="my net")
+    assert plain.name == "09_your_own_network,own_network=my net"
+
+
 def images(folder, shade):
     """Six images a split in two classes, all of one grey."""
     for split in ("train", "test"):
@@ -218,6 +228,18 @@ def test_recording_twice_is_recording_once(tmp_path, data):
     assert stage.metrics["extra"] == "first" and stage.metrics["settings"] == {"seed": 0}
 
 
+def test_a_row_that_is_not_there_is_named(tmp_path):
+    stage = Stage("05_finetune", tmp_path, {})
+    row = {"name": "masked: fine-tuned", "top1": 90.0, "macs": 2, "params": 2, "epochs": 1}
+    write_json(tmp_path / "metrics.json", {"rows": [row], "settings": {}})
+    assert stage.top1("masked: fine-tuned") == 90
+    with pytest.raises(ValueError, match="has no row 'masked: tuned'; did you mean 'masked: fine"):
+        stage.top1("masked: tuned")
+    write_json(tmp_path / "baseline" / "history.json", {})
+    with pytest.raises(ValueError, match="history.json is damaged: its seconds are 'None'"):
+        stage.minutes  # noqa: B018
+
+
 def test_unknown_lesson_and_reference():
     with pytest.raises(ValueError, match="'06'; known: 00_start_here"):
         ms.stage("06", ms.config("quick"))
@@ -246,6 +268,40 @@ def test_published_results_are_complete_and_agree_with_themselves():
     assert ms.published("VGG-19", "CIFAR-100").pruned.to_dict() == both
     assert ms.published("ResNet-110").reduction["MaskSparsity"] == 63.03
     assert ms.published("ResNet-50", "ILSVRC-2012").delta["MaskSparsity"] == -0.76
+
+
+def test_what_was_not_published_is_refused_with_the_nearest_name(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="network 'resnet56'; did you mean 'ResNet-56'"):
+        ms.published("resnet56")
+    with pytest.raises(ValueError, match="of ResNet-56 for dataset 'cifar10'; known: CIFAR-10"):
+        ms.published("ResNet-56", "cifar10")
+    monkeypatch.setattr(results, "tables", lambda: tmp_path)
+    for content, message in {
+        "": "published.csv cannot be read as a table",
+        "a,b\n": "published.csv lacks the columns method, network, dataset",
+    }.items():
+        (tmp_path / "published.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            ms.published("ResNet-56")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: [0, 1]\nlr: 1\nseed: 2", "'seed' is given twice; leave one out .* line 3"),
+        ("a: {b: 1, b: 2}", "'b' is given twice"),
+        ("date: 2026-13-01", "mine.yml is not valid YAML: month must be"),
+    ],
+)
+def test_yaml_of_two_meanings_is_refused(tmp_path, text, message):
+    (tmp_path / "mine.yml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "mine.yml")
+
+
+def test_a_zero_in_front_makes_no_octal_number(tmp_path):
+    (tmp_path / "mine.yml").write_text("a: 010\nb: [0, -1, 0x10, 10]\nc: 0.5")
+    assert read_yaml(tmp_path / "mine.yml") == {"a": "010", "b": [0, -1, 16, 10], "c": 0.5}
 
 
 def test_every_setting_has_a_lesson_and_says_what_it_is():

@@ -168,6 +168,50 @@ def test_finished_lessons_become_a_reference(finished, tiny, tmp_path, monkeypat
         results.keep_reference("other", nowhere, ["01_baseline"])
 
 
+def recorded(runs, *lessons, **settings):
+    """The configuration of lessons that are finished without anything having been trained."""
+    cfg = ms.config("quick", runs=str(runs), **settings)
+    for lesson in lessons:
+        ms.stage(lesson, cfg).finish()
+        (ms.stage(lesson, cfg) / "baseline").mkdir()
+        (ms.stage(lesson, cfg) / "baseline" / "model.pt").touch()
+    return cfg
+
+
+def test_a_reference_is_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "tables", lambda: tmp_path)
+    two = ["01_baseline", "02_global_sparsity"]
+    results.keep_reference("mine", recorded(tmp_path / "a", *two), two)
+    other = recorded(tmp_path / "b", *two, seed=1, sparse_epochs=7)
+    message = r"mine.01_baseline is of a run with other settings: seed=0 \(now 1\); choose another"
+    with pytest.raises(ValueError, match=message):
+        results.keep_reference("mine", other, two)
+    third = recorded(tmp_path / "c", "03_masked_regularization", sparse_epochs=7)
+    with pytest.raises(ValueError, match=r"mine.02_global.*sparse_epochs=3 \(now 7\)"):
+        results.keep_reference("mine", third, ["03_masked_regularization"])
+    same = recorded(tmp_path / "d", "03_masked_regularization", "01_baseline")
+    results.keep_reference("mine", same, ["03_masked_regularization", "01_baseline"])
+    assert list(ms.reference("mine")) == [*two, "03_masked_regularization"]
+
+
+@pytest.mark.parametrize("name", ["../../out", "a/b", "a\\b", ".a", "..", ""])
+def test_a_reference_lies_in_its_folder(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(results, "tables", lambda: tmp_path / "data" / "inner")
+    recorded(tmp_path / "runs", "01_baseline")
+    before = sorted(tmp_path.rglob("*"))
+    words = ["--preset", "quick", "--only", "1", "-p", "runs", str(tmp_path / "runs")]
+    assert main(["reference", name, *words]) == 2
+    assert f"NAME {name!r}: expected the name of a folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_reference_without_settings_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "tables", lambda: tmp_path)
+    write_json(tmp_path / "reference" / "mine" / "01_baseline" / "metrics.json", {"rows": []})
+    with pytest.raises(ValueError, match="01_baseline.metrics.json does not hold the results"):
+        ms.reference("mine")
+
+
 def test_papermill_by_hand_takes_up_a_stage_that_was_carried_to_another_place(
     finished, tiny, tmp_path
 ):
@@ -330,6 +374,32 @@ def test_storing_a_lesson_from_runs_on_another_file_system(tmp_path, monkeypatch
     stored = nbformat.read(path, 4)
     assert stored.cells[0].outputs[0].text == "2\n" and "papermill" not in stored.metadata
     assert stored.metadata.kernelspec.display_name == "Python 3 (ipykernel)"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"cells": [', "error: {path} is damaged (Notebook does not appear to be JSON"),
+        ("{}", "error: {path} is damaged ("),
+        ("[]", "error: {path} is damaged ("),
+        ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": 3}', "{path} is damaged ("),
+        ("1 / 0", "error in 00_start_here, cell 1: ZeroDivisionError: division by zero"),
+        ("import os; os._exit(3)", "error in 00_start_here: its process was killed"),
+    ],
+)
+def test_a_damaged_or_failing_lesson_is_not_stored(tmp_path, monkeypatch, capsys, text, message):
+    path = tmp_path / "notebooks" / "00_start_here.ipynb"
+    path.parent.mkdir()
+    if text[0] in "{[":
+        path.write_text(text)
+    else:
+        cells = [nbformat.v4.new_code_cell(text)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    before = path.read_text()
+    monkeypatch.setattr(lessons, "ROOT", tmp_path)
+    monkeypatch.setenv("MSLIB_RUNS", str(tmp_path / "runs"))
+    assert main(["store", "--only", "00"]) == (1 if text[0] not in "{[" else 2)
+    assert message.format(path=path) in capsys.readouterr().err and path.read_text() == before
 
 
 @pytest.mark.parametrize("words", [["run"], ["sweep"], ["store"], ["bench"], ["stamp"]])

@@ -1,6 +1,7 @@
 """The protocol of the recovery curves, on drawn images and a small network."""
 
 import pandas as pd
+import pytest
 import yaml
 
 import mslib as ms
@@ -74,3 +75,76 @@ def test_relatives_are_measured_with_the_others(tmp_path, monkeypatch):
     for method in evidence.RELATIVES:
         penalty = next((tmp_path / "runs").glob(f"*/0.8/{method}/penalty.pt"))
         assert penalty.is_file()
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A protocol whose table has a row."""
+    file = tmp_path / "recovery.yml"
+    file.write_text(PROTOCOL.read_text())
+    pd.read_csv(PROTOCOL.with_suffix(".csv"))[:1].to_csv(file.with_suffix(".csv"), index=False)
+    return file
+
+
+def read(file, *words):
+    return evidence.read_protocol([str(file), *words], "about", evidence.EVERY, "runs")[1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-p", "lr", "5"], "-p lr 5: {csv} was measured with 0.1; copy the YAML file under"),
+        (["-p", "masked_push", "6"], "-p masked_push 6: {csv} was measured with 24.0"),
+        (["-p", "seed", "0", "7"], "-p seed 7: {csv} was measured with [0, 1, 2]"),
+        (["-p", "seed", "010"], "-p seed 010: {csv} was measured with [0, 1, 2]"),
+        (["-p", "lr", "0.1", "0.2"], "-p lr: expected one value"),
+        (["-p", "seed", "0", "-p", "seed", "1"], "-p seed is given twice, 0 and 1"),
+        (["-p", "seed"], "-p seed: expected one or more values"),
+        (["-p", "sed", "1"], "-p sed: {yml} has no such setting"),
+    ],
+)
+def test_a_table_is_of_one_protocol(measured, capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        read(measured, *words)
+    said = message.format(csv=measured.with_suffix(".csv"), yml=measured)
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_listed_can_be_chosen_and_without_rows_all_can_be_changed(measured):
+    s = read(measured, "-p", "seed", "2", "0", "-p", "reduction", ".8", "-p", "masked_push", "24")
+    assert (s["seed"], s["reduction"], s["masked_push"]) == ([0, 2], [0.8], 24)
+    assert s["whole"] == yaml.safe_load(measured.read_text())
+    pd.read_csv(measured.with_suffix(".csv"))[:0].to_csv(measured.with_suffix(".csv"), index=False)
+    s = read(measured, "-p", "lr", "5", "-p", "seed", "7")
+    assert (s["lr"], s["seed"]) == (5, [7]) and s["whole"]["seed"] == [7]
+
+
+def test_a_table_is_of_one_data_set(measured, monkeypatch):
+    data = ms.load_data("shapes", image_size=8, sizes=(120, 60))
+    monkeypatch.setattr(ms, "load_data", lambda name: data)
+    before = measured.with_suffix(".csv").read_text()
+    message = "recovery.csv holds measurements on cifar10-jpeg.tar.gz, and this dataset is shapes"
+    with pytest.raises(ValueError, match=message):
+        evidence.main([str(measured), "--runs", str(measured.parent / "runs")])
+    assert measured.with_suffix(".csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "yml, csv, message",
+    [
+        ("seed: [0]\nseed: [1]", None, "'seed' is given twice"),
+        ("- 1", None, "expected lines such as"),
+        ("seed: [0]", "", "recovery.csv cannot be read as a table"),
+    ],
+)
+def test_a_damaged_protocol_or_table_is_named(tmp_path, capsys, yml, csv, message):
+    file = tmp_path / "recovery.yml"
+    file.write_text(yml)
+    if csv is not None:
+        file.with_suffix(".csv").write_text(csv)
+    with pytest.raises(SystemExit, match="2"):
+        read(file)
+    assert message in capsys.readouterr().err
+    file.with_suffix(".csv").write_text("seed,test\n0,1\n")
+    with pytest.raises(ValueError, match="recovery.csv lacks the columns depth, reduction"):
+        evidence.Table(file.with_suffix(".csv"), evidence.KEY)

@@ -132,7 +132,7 @@ def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(
     }
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert (
-        ms.image_folder("shapes", folder) == folder
+        ms.image_folder("shapes", folder, 24, (200, 40)) == folder
         and ms.image_folder(str(folder), tmp_path / "copy") == folder
     )
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before and not (
@@ -142,6 +142,24 @@ def test_image_folder_writes_the_images_once_and_leaves_a_folder_alone(
     with pytest.raises(ZeroDivisionError):
         ms.image_folder("shapes", tmp_path / "stopped", 24, (200, 40))
     assert not list(tmp_path.iterdir())  # nothing half done is left behind
+
+
+def test_image_folder_refuses_a_folder_of_other_images(folder, tmp_path, caplog):
+    told = r"shapes holds .*'size': '24', 'sizes': '200, 40'.*asked for are .*'size': '24', "
+    with pytest.raises(ValueError, match=told + "'sizes': '300, 40'"):
+        ms.image_folder("shapes", folder, 24, (300, 40))
+    with pytest.raises(ValueError, match="'size': '16'"):
+        ms.image_folder("shapes", folder, 16, (200, 40))
+    archive = shutil.make_archive(str(tmp_path / "set"), "zip", folder)
+    copy = ms.image_folder(archive, tmp_path / "copy")
+    assert ms.image_folder(archive, copy) == copy
+    ms.load_folder(copy, size=16)
+    assert not caplog.records  # no file is passed over
+    with pytest.raises(ValueError, match="copy holds .*'dataset': 'set.zip'.*'dataset': 'shapes'"):
+        ms.image_folder("shapes", copy, 24, (200, 40))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine holds images of which nothing is known"):
+        ms.image_folder("shapes", tmp_path / "mine")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

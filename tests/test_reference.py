@@ -16,7 +16,7 @@ import mslib as ms
 from mslib.course.results import tables
 from mslib.course.sweeps import grid
 from mslib.data.tensors import Split, batches
-from tools import evidence
+from tools import evidence, tradeoff
 
 from .conftest import EVERY, SHARED, WHOLE_CIFAR
 
@@ -145,11 +145,14 @@ def test_a_comparison_is_whole_fair_and_made_as_its_file_says(path):
     assert table.hardware.nunique() == table.torch.nunique() == 1
 
 
-def test_the_recovery_curves_are_of_one_protocol():
-    table = pd.read_csv(REFERENCE / "recovery-cifar10.csv", dtype={"station": str})
-    s = yaml.safe_load((REFERENCE / "recovery-cifar10.yml").read_text())
-    assert not table.duplicated(evidence.KEY).any()
-    assert set(table.method) <= set(evidence.EVERY) and set(table.depth) == {s["depth"]}
+@pytest.mark.parametrize("protocol", [evidence, tradeoff], ids=["recovery", "tradeoff"])
+def test_each_table_of_evidence_is_of_one_protocol(protocol):
+    name = {evidence: "recovery-cifar10", tradeoff: "tradeoff-cifar10"}[protocol]
+    table = pd.read_csv(REFERENCE / f"{name}.csv", dtype={"station": str})
+    s = yaml.safe_load((REFERENCE / f"{name}.yml").read_text())
+    assert not table.duplicated(protocol.KEY).any()
+    methods = evidence.EVERY if protocol is evidence else tradeoff.METHODS
+    assert set(table.method) <= set(methods) and set(table.depth) == {s["depth"]}
     assert set(table.seed) <= {*s["seed"]} and set(table.reduction) <= {*s["reduction"]}
     dense = ms.cost(ms.resnet(s["depth"]), torch.zeros(1, 3, 32, 32)).macs
     whole = table.station.isin(["before", "0"]) | (table.method == "dense")

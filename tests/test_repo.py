@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -165,6 +166,67 @@ def test_stamp_changes_the_address_everywhere(tmp_path, monkeypatch):
     assert len(after) == before and {where for _, where in after} == {"me/my.course"}
     for path in (tmp_path / "notebooks").iterdir():
         nbformat.validate(nbformat.read(path, 4))
+
+
+def section(name):
+    return stamp.stamped(f"<!-- {name} -->\n<!-- /{name} -->")
+
+
+def test_a_section_in_which_a_measurement_is_missing_is_refused(monkeypatch):
+    table = stamp.recovery_curves()
+    lacking = table[(table.method != "masked") | (table.station != "folded")]
+    monkeypatch.setattr(stamp, "recovery_curves", lambda: lacking)
+    with pytest.raises(ValueError, match="'findings', made from .*recovery-cifar10.csv: a measur"):
+        section("findings")
+
+
+def test_means_over_other_seeds_are_refused(tmp_path, monkeypatch):
+    names = ("comparison-cifar10.csv", "control-cifar10.csv")
+    tables = {name: pd.read_csv(stamp.REFERENCE / name) for name in names}
+    curves = stamp.recovery_curves()
+    more = pd.concat([curves, curves[:1].assign(seed=1)])
+    monkeypatch.setattr(stamp, "recovery_curves", lambda: more)
+    monkeypatch.setattr(stamp, "REFERENCE", tmp_path)
+    for name in ("recovery", "findings"):
+        with pytest.raises(ValueError, match=r"'one-shot', 0.8, 'before'\) has seeds \(0, 1\)"):
+            section(name)
+    for name, made in zip(names, ("comparison", "methods")):
+        for other in names:
+            tables[other][int(name == other) :].to_csv(tmp_path / other, index=False)
+        with pytest.raises(ValueError, match=rf"section '{made}'.* has seeds \(1, 2\), others"):
+            section(made)
+
+
+@pytest.mark.parametrize(
+    "file, content, name",
+    [
+        ("bench.json", "{}", "bench"),
+        ("bench.json", "{", "bench"),
+        ("comparison-cifar10.csv", "", "comparison"),
+        ("comparison-cifar10.csv", "method,top1\n", "methods"),
+        ("networks.csv", "network\nx\n", "networks"),
+        ("recovery-cifar10.csv", "", "few"),
+    ],
+)
+def test_what_a_section_cannot_be_made_from_is_named(tmp_path, monkeypatch, file, content, name):
+    (tmp_path / file).write_text(content)
+    monkeypatch.setattr(stamp, "REFERENCE", tmp_path)
+    with pytest.raises(ValueError, match=f"section '{name}', made from .*{file}"):
+        section(name)
+
+
+def test_a_damaged_lesson_is_named_and_nothing_is_stamped(tmp_path, monkeypatch):
+    for path in (*PAGES, ROOT / "pyproject.toml", *LESSONS):
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text().replace(stamp.address(), "me/other"))
+    last = tmp_path / "notebooks" / LESSONS[-1].name
+    last.write_text(last.read_text()[:-20])
+    before = {path: path.read_text() for path in tmp_path.rglob("*.*")}
+    monkeypatch.setattr(stamp, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{last}: ")):
+        stamp.stamp()
+    assert {path: path.read_text() for path in tmp_path.rglob("*.*")} == before
 
 
 def test_links_in_readme_pages_and_lessons_lead_somewhere():

@@ -181,11 +181,12 @@ def test_a_damaged_result_leaves_the_other_points_alone(killed, capsys):
         (("-p", "lr", "0.1", "-1e-3"), "lr=-0.001: must be above 0"),
         (("-p", "finetune_lr", "0.1", "0.2"), "finetune_lr: lesson 02_global_sparsity does not"),
         (
-            ("--lesson", "09", "-p", "depth", "8", "14"),
+            ("--lesson", "09", "-p", "width", "0.5", "1.0"),
             "lesson 09_your_own_network does not depend on it",
         ),
         (("--lesson", "77"), "unknown lesson '77'"),
         (("-j", "0"), "-j 0: expected a whole number of processes"),
+        (("-p", "seed", "1"), "-p seed is given twice, 1 and 0"),
         (("--csv", "."), "--csv . is a folder"),
         (("none.yml",), "none.yml"),
     ],
@@ -205,6 +206,8 @@ def test_bad_sweeps_are_refused_before_anything_runs(tmp_path, capsys, monkeypat
         ("1: 2", "1 is no name of a setting"),
         ("null: 2", "None is no name of a setting"),
         ("seed: []", "seed: no value; expected one or more"),
+        ("seed: [0, 1]\nseed: 2", "mine.yml is not valid YAML: 'seed' is given twice"),
+        ("seed: 010", "seed='010': expected a whole number"),
         ("seed: .nan", "seed=nan: expected a whole number"),
         ("lr: 1e999", "lr=inf: expected a finite number"),
         ("seed: {a: 1}", "seed={'a': 1}: expected a whole number"),
@@ -217,6 +220,60 @@ def test_bad_files_of_sweeps_are_refused(tmp_path, capsys, text, message):
     words = ["sweep", str(file), "--preset", "quick", "--csv", str(tmp_path / "table.csv")]
     assert main(words) == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.fixture
+def points(tmp_path):
+    """Sweeps lesson 01 over settings whose points are finished without training."""
+
+    def swept(finish=True, **settings):
+        path = tmp_path / "table.csv"
+        settings["runs"] = str(tmp_path / "runs")
+        for point in grid(settings) if finish else []:
+            ms.stage("01_baseline", ms.config("quick", **point)).finish()
+        failed = sweeps.sweep("01_baseline", "quick", settings, path)
+        return failed, pd.read_csv(path, dtype=str)
+
+    return swept
+
+
+def test_rows_of_other_points_stay_in_the_table(points):
+    _, first = points(seed=[0, 1], epochs=8)
+    _, second = points(seed=[1, 2], epochs=9)
+    assert second[:2].equals(first)
+    assert second.seed.tolist() == ["0", "1", "1", "2"]
+    assert second.epochs.tolist() == ["8", "8", "9", "9"]
+    _, third = points(seed=[2, 1])  # the preset's 8 epochs, which the table tells apart
+    assert ("".join(third.seed), "".join(third.epochs)) == ("01221", "89988")
+    assert third.folder.is_unique
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("mine\n", "table.csv is no table of this sweep: it lacks folder, seed; give another file"),
+        ("seed,top1\n0,5\n", "it lacks folder; "),
+        ("epochs,folder,seed\n", "it lacks seed; "),  # behind the folder stands what came out
+        ('"mine', "table.csv cannot be read as a table"),
+    ],
+)
+def test_a_file_that_is_no_table_of_the_sweep_is_left_alone(points, tmp_path, content, message):
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        points(seed=[0, 1])
+    assert path.read_text() == content
+
+
+def test_images_that_cannot_be_read_fail_their_point_alone(points, monkeypatch):
+    def offline(cfg):
+        raise OSError(f"{cfg.dataset} could not be downloaded")
+
+    points(seed=0, dataset="shapes")
+    monkeypatch.setattr(sweeps, "data_of", offline)
+    failed, table = points(False, seed=0, dataset=["cifar10", "shapes"])
+    assert failed == {"dataset=cifar10": "cifar10 could not be downloaded"}
+    assert table.dataset.tolist() == ["shapes"]
 
 
 @pytest.mark.parametrize("before", ["7", None])

@@ -3,7 +3,8 @@
     python -m tools.evidence data/reference/recovery-cifar10.yml --dataset PATH -p seed 0
 
 The YAML file holds every number. Each measurement is a row of the CSV file beside the YAML; what is
-there already is not measured again, and trainings resume where they were killed.
+there already is not measured again, and trainings resume where they were killed. `-p` chooses among
+the values of a list; another number, or other images, are another protocol: a copy of the YAML.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch import nn
 
 import mslib as ms
+from mslib.course.cli import read_pairs
+from mslib.course.results import read_table
+from mslib.course.settings import read_yaml
 from mslib.files import replacing
 
 KEY = ["depth", "seed", "reduction", "method", "images", "taught", "station"]
@@ -36,27 +39,44 @@ Masks = dict[str, torch.Tensor]
 class Table:
     """The measurements so far, a row each, in a CSV file that is always whole."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-        self.known = {tuple(str(row[name]) for name in KEY) for row in self.rows}
+    def __init__(self, path: Path, key: list[str]):
+        self.path, self.key = path, key
+        table = read_table(path, (*key, "dataset")) if path.exists() else pd.DataFrame()
+        self.rows = table.to_dict("records")
+        self.known = {self._place(row) for row in self.rows}
 
-    def has(self, **key: Any) -> bool:
-        return tuple(str(key[name]) for name in KEY) in self.known
+    def _place(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in self.key)
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return self._place(key) in self.known
+
+    def row(self, key: dict[str, Any]) -> dict[str, Any]:
+        return next(row for row in self.rows if self._place(row) == self._place(key))
+
+    def check(self, dataset: str) -> None:
+        """ValueError if a row was measured on other images."""
+        if others := {str(row["dataset"]) for row in self.rows} - {dataset}:
+            raise ValueError(
+                f"{self.path} holds measurements on {min(others)}, and this dataset is {dataset}; "
+                "copy the YAML file under another name for it"
+            )
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self.known.add(tuple(str(row[name]) for name in KEY))
+        self.known.add(self._place(row))
         with replacing(self.path) as beside:
             pd.DataFrame(self.rows).to_csv(beside, index=False)
-        shown = {name: row[name] for name in (*KEY, "test", "test_recalibrated")}
-        print(*shown.values(), flush=True)
+        print(*self._place(row), row["test"], row["test_recalibrated"], flush=True)
 
 
 class Recovery:
     """One seed and one reduction of the protocol `s`."""
 
+    widths = "one-shot"  # whose widths the control from scratch has
+
     def __init__(self, s: dict[str, Any], data: ms.Data, table: Table, runs: Path):
+        table.check(data.name)
         self.s, self.data, self.table = s, data, table
         self.shared = runs / f"resnet{s['depth']}-seed{s['seed']}"
         self.runs = self.shared / f"{s['reduction']}"
@@ -89,7 +109,7 @@ class Recovery:
         s, net, example = self.s, self.baseline(), self.data.example
         steps = s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
         rates = ms.learning_rates(s["repair_lr"], steps)
-        reach = ms.push(1.0, s["repair_lr"], steps)
+        reach = ms.push(1.0, s["repair_lr"], steps)  # with λ = 1
         penalty: Any = None
         masks: Any = None  # until it is known what to cut
         run = self.runs / method
@@ -141,22 +161,21 @@ class Recovery:
 
     def measure(self, net: nn.Module, method: str, station: str, **more: Any) -> None:
         """Add the row of `net`: as it is, and with new statistics of its BatchNorms."""
-        s, data = self.s, self.data
-        size = ms.cost(net, data.example)
-        row = {name: s[name] for name in ("depth", "seed", "reduction")}
-        row |= {"method": method, "images": 1.0, "taught": False, "station": station} | more
-        row |= {"macs": size.macs, "params": size.params}
+        data, size = self.data, ms.cost(net, self.data.example)
+        row = self.key(method, station) | more | {"macs": size.macs, "params": size.params}
         row |= {"held_out": ms.evaluate(net, data.val), "test": ms.evaluate(net, data.test)}
         ms.recalibrate(net, data.train)
         row["held_out_recalibrated"] = ms.evaluate(net, data.val)
         row["test_recalibrated"] = ms.evaluate(net, data.test)
         self.table.add(row | {"dataset": data.name} | ms.environment())
 
-    def wanted(self, method: str, station: Any, images: float = 1.0, taught: bool = False) -> bool:
-        s = self.s
-        key = {"depth": s["depth"], "seed": s["seed"], "reduction": s["reduction"]}
-        key |= {"method": method, "station": station, "images": images, "taught": taught}
-        return not self.table.has(**key)
+    def key(self, method: str, station: str) -> dict[str, Any]:
+        """What tells a row of the table from the others."""
+        point = {name: self.s[name] for name in ("depth", "seed", "reduction")}
+        return point | {"method": method, "images": 1.0, "taught": False, "station": station}
+
+    def wanted(self, method: str, station: str, **more: Any) -> bool:
+        return not self.table.has(self.key(method, station) | more)
 
     def at_the_cut(self, method: str) -> None:
         if self.wanted(method, "before"):
@@ -171,7 +190,8 @@ class Recovery:
 
     def repaired(self, method: str, epochs: int, images: float = 1.0, taught: bool = False) -> None:
         """Train the folded cut on; with a share of the images for as many steps, or a teacher."""
-        if not self.wanted(method, str(epochs), images, taught):
+        special = {"images": images, "taught": taught} if images < 1 or taught else {}
+        if not self.wanted(method, str(epochs), **special):
             return
         net, data, more = self.small(method), self.data, {}
         if images < 1:
@@ -183,28 +203,27 @@ class Recovery:
             more["teacher"] = self.baseline()
         name = f"{method}-{epochs}" + f"-{images}" * (images < 1) + "-taught" * taught
         self.fit(net, epochs, self.runs / name, **more)
-        self.measure(net, method, str(epochs), images=images, taught=taught)
+        self.measure(net, method, str(epochs), **special)
 
-    def dense(self) -> None:
-        """The control that is never cut, trained on for as long."""
-        last = self.s["prepare"] + self.s["repairs"][-1]
-        for station in (0, last):
-            if self.wanted("dense", str(station)):
-                net = self.baseline()
-                if station:
-                    self.fit(net, station, self.shared / f"dense-{station}")
-                self.measure(net, "dense", str(station))
+    def dense(self, epochs: int) -> None:
+        """The control that is never cut, trained on for so long."""
+        if self.wanted("dense", str(epochs)):
+            net = self.baseline()
+            if epochs:
+                self.fit(net, epochs, self.shared / f"dense-{epochs}")
+            self.measure(net, "dense", str(epochs))
 
     def scratch(self, taught: bool = False) -> None:
         """The control of the same widths, trained from nothing for all epochs."""
         s = self.s
         total = s["epochs"] + s["prepare"] + s["repairs"][-1]
-        if self.wanted("scratch", str(total), taught=taught):
+        special = {"taught": True} if taught else {}
+        if self.wanted("scratch", str(total), **special):
             torch.manual_seed(s["seed"])
-            net = ms.untrained(self.small("one-shot"))
+            net = ms.untrained(self.small(self.widths))
             more = {"teacher": self.baseline()} if taught else {}
             self.fit(net, total, self.runs / ("scratch" + "-taught" * taught), lr=s["lr"], **more)
-            self.measure(net, "scratch", str(total), taught=taught)
+            self.measure(net, "scratch", str(total), **special)
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         """Everything that is measured, each with its method, the most telling first."""
@@ -221,7 +240,8 @@ class Recovery:
                 yield method, partial(self.repaired, method, epochs)
         yield "one-shot", partial(self.repaired, "one-shot", self.s["prepare"] + last)
         yield "scratch", self.scratch
-        yield "dense", self.dense
+        for epochs in (0, self.s["prepare"] + last):
+            yield "dense", partial(self.dense, epochs)
         for method, share in itertools.product(DEEPER, self.s["few"]):
             yield method, partial(self.repaired, method, 4, images=share)
         for method, epochs in itertools.product(DEEPER, self.s["repairs"][1:]):
@@ -229,30 +249,67 @@ class Recovery:
         yield "scratch", partial(self.scratch, taught=True)
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def read_protocol(
+    words: list[str] | None, about: str, methods: tuple[str, ...], runs: str
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command's options, and the settings of its YAML file with what `-p` changes."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("file", type=Path, help="the YAML file of the protocol")
     parser.add_argument("--dataset", default="cifar10", help="as of ms.load_data")
-    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, help="only these")
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="only these")
+    parser.add_argument("--runs", type=Path, default=Path(runs))
     parser.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(words)
-    settings = yaml.safe_load(options.file.read_text(encoding="utf-8"))
-    for name, *values in options.p:
-        if name not in settings:
-            parser.error(f"-p {name}: {options.file} has no such setting; it has {[*settings]}")
-        read = [yaml.safe_load(value) for value in values]
-        settings[name] = read if isinstance(settings[name], list) else read[0]
-    data, table = ms.load_data(options.dataset), Table(options.file.with_suffix(".csv"))
-    for seed, reduction in itertools.product(settings["seed"], settings["reduction"]):
-        point = settings | {"seed": seed, "reduction": reduction}
+    try:
+        return options, chosen(options.file, read_pairs(options.p))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def chosen(file: Path, given: dict[str, list[Any]]) -> dict[str, Any]:
+    """The settings of `file` with the values `given`; `whole` are those before lists are shortened.
+
+    Once there are rows, ValueError for what is not among the values of a list: the key of a row
+    would not tell it.
+    """
+    whole, path = read_yaml(file), file.with_suffix(".csv")
+    measured = path.exists() and len(read_table(path)) > 0
+    settings: dict[str, Any] = {}
+    for name, values in given.items():
+        if name not in whole:
+            raise ValueError(f"-p {name}: {file} has no such setting; it has {[*whole]}")
+        usual = whole[name]
+        known = usual if isinstance(usual, list) else [usual]
+        if len(values) > 1 and usual is not known:
+            raise ValueError(f"-p {name}: expected one value, as in {file}, found {values}")
+        others = [value for value in values if value not in known]
+        if others and measured:
+            raise ValueError(
+                f"-p {name} {others[0]}: {path} was measured with {usual}; "
+                "copy the YAML file under another name and change it there"
+            )
+        if others:
+            whole[name] = values if usual is known else values[0]
+        elif usual is known:
+            settings[name] = [value for value in known if value in values]
+    return whole | settings | {"whole": whole}
+
+
+def measure_all(protocol: type[Recovery], key: list[str], options: Any, s: dict[str, Any]) -> None:
+    """Every step of every seed and reduction that is not in the table."""
+    data, table = ms.load_data(options.dataset), Table(options.file.with_suffix(".csv"), key)
+    for seed, reduction in itertools.product(s["seed"], s["reduction"]):
+        point = s | {"seed": seed, "reduction": reduction}
         began = time.monotonic()
-        for method, step in Recovery(point, data, table, options.runs).steps():
+        for method, step in protocol(point, data, table, options.runs).steps():
             if method in options.methods:
                 step()
-        print(
-            f"seed {seed}, {reduction:.0%}: {(time.monotonic() - began) / 60:.0f} min", flush=True
-        )
+        minutes = (time.monotonic() - began) / 60
+        print(f"seed {seed}, {reduction:.0%}: {minutes:.0f} min", flush=True)
+
+
+def main(words: list[str] | None = None) -> None:
+    measure_all(Recovery, KEY, *read_protocol(words, __doc__, EVERY, "runs/evidence"))
 
 
 if __name__ == "__main__":

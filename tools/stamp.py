@@ -9,13 +9,14 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
+from mslib.course.results import read_table, reference, scoreboard
 from mslib.course.results import recovery as recovery_curves
-from mslib.course.results import reference, scoreboard
 from mslib.files import ROOT, read_json, replacing
 
 REFERENCE = ROOT / "data" / "reference"
@@ -27,6 +28,29 @@ def address() -> str:
     """The repository as "owner/name", from [project.urls] in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"].removeprefix(GITHUB).rstrip("/")
+
+
+@contextmanager
+def _reading(what: object) -> Iterator[None]:
+    """ValueError that names `what` is read here, if something is wrong with its content."""
+    try:
+        yield
+    except OSError:  # which names the file
+        raise
+    except Exception as error:  # what lacks a name or a column raises of any kind
+        told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what}: {' '.join(told.split())}") from error
+
+
+def _alike(table: pd.DataFrame, cells: list[str]) -> pd.DataFrame:
+    """`table`, if every cell has the same seeds: means over others could not be compared."""
+    seeds = table.groupby(cells).seed.agg(lambda of_cell: tuple(sorted(of_cell)))
+    usual = seeds.mode()[0]
+    for cell, found in seeds[seeds != usual].items():
+        raise ValueError(
+            f"{cell} has seeds {found}, others have {usual}; measure what is missing first"
+        )
+    return table
 
 
 # ---- the reference run ---------------------------------------------------------------------------
@@ -76,22 +100,26 @@ def findings() -> str:
         return f"{gaps[0]:.2f} to {gaps[-1]:.2f} points behind"
 
     dense, scratch = "dense, trained on as long", "scratch: same architecture"
-    curves = recovery_curves().query("reduction == 0.8")
+    curves = _curves().query("reduction == 0.8")
     deep = curves.pivot_table("test", "method", "station").loc[["one-shot", "masked", "greg-1"]]
     bare, masked, grown = deep.before - deep.folded
+    bare_before, masked_before, grown_before = deep.before
     few = _repaired()[False][0.01].loc[["one-shot", "masked", "greg-1"]]
     return (
         f"- **The cut** costs {lost('masked'):.2f} points of test top-1 after the masked penalty, "
-        f"and {lost('global'):.0f} after the global one (one λ each; lessons 02 and 03 vary it).\n"
+        f"and {lost('global'):.0f} after the global one, whose λ was too weak here. With the best "
+        f"λ of each both cuts of a ResNet-20 are free, and masked keeps {_lead_of_masked():.1f} "
+        "points more.\n"
         f"- **After fine-tuning** the two end {behind(dense, 'global', 'masked')} the dense "
-        f"network, and {behind(scratch, 'global', 'masked')} the same small network trained from "
-        "scratch.\n"
+        f"network, and {behind(scratch, 'global', 'masked')} the small network from "
+        "scratch. On 10,000 images less than about a point may be chance.\n"
         "- **A deeper cut**, 80 % of a ResNet-20, costs "
-        f"{bare:.0f} points unprepared, {masked:.0f} after the masked penalty, and {grown:.1f} "
-        "after a growing one (GReg-1). After 16 epochs of repair the three lie within "
-        f"{deep['16'].max() - deep['16'].min():.1f} points, the unprepared one with 12 epochs less "
-        "in all. Below a point may be chance. Repaired with 1 % of the training images, they have "
-        f"{few.iloc[0]:.0f}, {few.iloc[1]:.0f} and {few.iloc[2]:.0f} %.\n"
+        f"{bare:.0f} points unprepared, {masked:.0f} after masked, and {grown:.1f} after a growing "
+        f"penalty (GReg-1); preparing had cost {bare_before - masked_before:.1f} and "
+        f"{bare_before - grown_before:.1f}. After 16 epochs of repair the three lie within "
+        f"{deep['16'].max() - deep['16'].min():.1f} points, the unprepared with 12 epochs less. "
+        f"Repaired with 1 % of the images, they have {few.iloc[0]:.0f}, {few.iloc[1]:.0f} and "
+        f"{few.iloc[2]:.0f} %; unrepaired, the last has {deep.folded['greg-1']:.0f} %.\n"
     )
 
 
@@ -100,8 +128,9 @@ def findings() -> str:
 
 def _compared() -> pd.DataFrame:
     """The table of lesson 08's sweep, with `lost`: points lost at the cut, constants folded in."""
-    table = pd.read_csv(REFERENCE / "comparison-cifar10.csv")
-    return table.assign(lost=table.before - table.folded)
+    columns = ("method", "reduction", "seed", "before", "folded", "top1")
+    table = read_table(REFERENCE / "comparison-cifar10.csv", columns)
+    return _alike(table, ["method", "reduction"]).assign(lost=table.before - table.folded)
 
 
 def comparison() -> str:
@@ -149,8 +178,11 @@ def methods() -> str:
         f"(*masked*, *greg-1*, *greg-2*) lose {aimed.max():.1f} points at most. "
         f"The others lose {others.min():.0f} to {others.max():.0f}."
     )
-    control = pd.read_csv(REFERENCE / "control-cifar10.csv").top1
-    gap = control.mean() - table[(table.method == "uniform") & (table.reduction == 0.7)].top1.mean()
+    second = read_table(REFERENCE / "control-cifar10.csv", ("method", "seed", "top1"))
+    uniform = table[(table.method == "uniform") & (table.reduction == 0.7)]
+    _alike(pd.concat([second, uniform]), ["method"])
+    control = second.top1
+    gap = control.mean() - uniform.top1.mean()
     lines.append(
         "- **A second control**, trained from scratch with *uniform*'s widths at 70 % less, "
         f"ends at {control.mean():.2f} ± {control.std():.2f} %. "
@@ -164,30 +196,56 @@ STATIONS = {"before": "before the cut", "folded": "at the cut", "1": "1 epoch", 
 STATIONS |= {"16": "16 epochs", "28": "28 epochs", "68": "68 epochs"}
 
 
+def _curves() -> pd.DataFrame:
+    """The recovery curves, of the same seeds everywhere."""
+    return _alike(recovery_curves(), ["method", "reduction", "station"])
+
+
 def recovery() -> str:
     """What a cut costs and how fast repair brings it back, a row a method and reduction."""
-    table = recovery_curves()
+    return _by_station("recovery-cifar10", _curves(), "reduction", "MACs removed", "{:.0%}")
+
+
+def _traded() -> pd.DataFrame:
+    """The table of strengths, of the same seeds everywhere."""
+    table = pd.read_csv(REFERENCE / "tradeoff-cifar10.csv", dtype={"station": str})
+    return _alike(table, ["method", "push", "station"])
+
+
+def _lead_of_masked() -> float:
+    """Test top-1 of masked over global after the cut, each with its best λ by held-out images."""
+    cut = _traded().query("station == 'folded'").groupby(["method", "push"]).mean(numeric_only=True)
+    masked, best = (cut.loc[method].sort_values("held_out").test for method in ("masked", "global"))
+    return masked.iloc[-1] - best.iloc[-1]
+
+
+def tradeoff() -> str:
+    """What a stronger penalty costs before the cut, and saves at it, a row a strength."""
+    return _by_station("tradeoff-cifar10", _traded(), "push", "push of λ", "{:g}")
+
+
+def _by_station(name: str, table: pd.DataFrame, by: str, head: str, form: str) -> str:
+    """Test top-1 at each station, means over the seeds; a row a method and value of `by`."""
     table = table[table.station.isin([*STATIONS])]
     there = [station for station in STATIONS if station in set(table.station)]
     rows = []
-    for (method, reduction), curve in table.groupby(["method", "reduction"], sort=False):
+    for (method, value), curve in table.groupby(["method", by], sort=False):
         means = curve.groupby("station").test.mean().reindex(there)
         cells = ["" if pd.isna(top1) else f"{top1:.1f}" for top1 in means]
-        rows.append([method, f"{reduction:.0%}", *cells])
+        rows.append([method, form.format(value), *cells])
     made = sorted({f"{row.hardware}, torch {row.torch}" for row in table.itertuples()})
     seeds = ", ".join(str(seed) for seed in sorted(table.seed.unique()))
     return (
-        f"{_markdown(['method', 'MACs removed', *(STATIONS[name] for name in there)], rows)}\n\n"
+        f"{_markdown(['method', head, *(STATIONS[name] for name in there)], rows)}\n\n"
         f"Test top-1 (%) of a ResNet-{table.depth.iloc[0]} on CIFAR-10 (JPEG copy), seed {seeds}; "
         f"up to {table.date.max()}; {'; '.join(made)}; "
-        "[the table](data/reference/recovery-cifar10.csv), "
-        "[the protocol](data/reference/recovery-cifar10.yml).\n"
+        f"[the table](data/reference/{name}.csv), [the protocol](data/reference/{name}.yml).\n"
     )
 
 
 def _repaired() -> pd.DataFrame:
     """Test top-1 after four epochs: a row a method, by teacher (True, False), share of images."""
-    table = pd.read_csv(REFERENCE / "recovery-cifar10.csv", dtype={"station": str})
+    table = read_table(REFERENCE / "recovery-cifar10.csv", dtype={"station": str})
     table = table[(table.station == "4") & (table.reduction == 0.8) & (table.seed == 0)]
     cells = table.pivot(index="method", columns=["taught", "images"], values="test")
     return cells.loc[table.method.unique()]
@@ -221,11 +279,12 @@ QUESTIONS = {
     "03_masked_regularization": "How does a network get ready for its cut?",
     "04_pruning": "How are channels taken out?",
     "05_finetune": "What is left of the differences after the repair?",
-    "06_growing_regularization": "Can a growing penalty move knowledge out of a filter?",
+    "06_growing_regularization": "Does a slow start spare the network?",
     "07_feature_flow": "Can the features say which layers matter?",
     "08_method_comparison": "Which method for which purpose?",
     "09_your_own_network": "How do I do this with my network?",
-    "10_the_family": "What else can a penalty do, and how do I write one?",
+    "10_the_family": "What else can a penalty do?",
+    "11_your_own_penalty": "How do I write one of my own?",
 }
 LOGGED = re.compile(r"held-out top-1 [\d.]+ %, (\d+) s\b")  # the line that a training leaves
 TITLE = re.compile(r'"# (\d\d) · (.+?)\\n')
@@ -252,11 +311,14 @@ def lessons() -> str:
     """The table of lessons, with what their trainings took."""
     rows, cifar = [], _on_cifar()
     for lesson, question in QUESTIONS.items():
-        text = (ROOT / "notebooks" / f"{lesson}.ipynb").read_text(encoding="utf-8")
-        found = TITLE.search(text)
-        assert found, lesson
+        path = ROOT / "notebooks" / f"{lesson}.ipynb"
+        with _reading(path):
+            text = path.read_text(encoding="utf-8")
+            if not (found := TITLE.search(text)):
+                raise ValueError("no cell begins like '# 02 · Global sparsity'")
+            here = minutes(text)
         number, name = found.groups()
-        took = " · ".join(map(str, [minutes(text), *filter(None, [cifar.get(number)])]))
+        took = " · ".join(map(str, [here, *filter(None, [cifar.get(number)])]))
         rows.append((f"[{number} {name}](notebooks/{lesson}.ipynb)", question, took))
     heads = ("lesson", "question", "minutes on two CPU cores: shapes · CIFAR-10")
     return _markdown(heads, rows, numbers=False) + "\n"
@@ -278,7 +340,7 @@ def _timed(text: str) -> str:
 def networks() -> str:
     """What can be cut in torchvision's networks, from data/reference/networks.csv."""
     heads = ("network", "groups that can be cut", "MACs left with half of them gone")
-    table = pd.read_csv(REFERENCE / "networks.csv", dtype=str)
+    table = read_table(REFERENCE / "networks.csv", dtype=str)
     rows = [
         (row.network, f"{row.free} of {row.groups}", row.left, row.whole)
         for row in table.itertuples()
@@ -324,9 +386,21 @@ MADE: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "methods": methods,
     "recovery": recovery,
+    "tradeoff": tradeoff,
     "few": few_images,
     "networks": networks,
     "bench": benchmarks,
+}
+# section -> the file in data/reference that it shows, if it is not the reference run
+FROM = {
+    "lessons": "the reference run and notebooks/*.ipynb",
+    "findings": "the reference run and recovery-cifar10.csv",
+    "comparison": "comparison-cifar10.csv",
+    "methods": "comparison-cifar10.csv and control-cifar10.csv",
+    "recovery": "recovery-cifar10.csv",
+    "few": "recovery-cifar10.csv",
+    "networks": "networks.csv",
+    "bench": "bench.json",
 }
 SECTION = re.compile(rf"(<!-- ({'|'.join(MADE)}) -->\n)(.*?)(<!-- /\2 -->)", re.S)
 
@@ -343,7 +417,11 @@ def stamped(text: str, up: str = "") -> str:
     """
 
     def section(found: re.Match[str]) -> str:
-        made = MADE[found.group(2)]().replace("](data/", f"]({up}data/")
+        name = found.group(2)
+        with _reading(f"section {name!r}, made from {FROM.get(name, 'the reference run')}"):
+            made = MADE[name]().replace("](data/", f"]({up}data/")
+            if nan := re.search(r".*\bnan\b.*", made):
+                raise ValueError(f"a measurement is missing for {nan.group()[:120]!r}")
         return found.group(1) + made + found.group(4)
 
     text = re.sub(PLACES, lambda found: found.group(1) + address(), _timed(text))
@@ -352,12 +430,14 @@ def stamped(text: str, up: str = "") -> str:
 
 def stamp() -> list[Path]:
     """Bring README, pages and lessons up to date; returns the changed files, relative to ROOT."""
-    changed = []
+    changed = {}  # all are made before the first is written
     for path in (*pages(), *sorted((ROOT / "notebooks").glob("*.ipynb"))):
-        text = path.read_text(encoding="utf-8")
-        new = stamped(text, "" if path.parent == ROOT else "../")
+        with _reading(path):
+            text = path.read_text(encoding="utf-8")
+            new = stamped(text, "" if path.parent == ROOT else "../")
         if new != text:
-            with replacing(path) as beside:
-                beside.write_text(new, encoding="utf-8")
-            changed.append(path.relative_to(ROOT))
-    return changed
+            changed[path] = new
+    for path, new in changed.items():
+        with replacing(path) as beside:
+            beside.write_text(new, encoding="utf-8")
+    return [path.relative_to(ROOT) for path in changed]

@@ -5,6 +5,8 @@ import ast
 import re
 import runpy
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +86,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
     from .lessons import run_lesson
     from .stages import needs_checkout, stage
 
@@ -94,26 +93,38 @@ def _run(options: argparse.Namespace) -> int:
     cfg, lessons = _chosen(options)
     say(f"preset {cfg.preset}, dataset {cfg.dataset}")
     for lesson in lessons:
-        try:
-            run_lesson(lesson, cfg, say, options.again)
-        except PapermillExecutionError as error:
-            part = stage(lesson, cfg) / f".{lesson}.ipynb"
-            _complain(
-                f"error in {lesson}, cell {error.exec_count}: {error.ename}: {error.evalue}",
-                f"the notebook as far as it came: {part}; run again to go on",
-            )
-            return 1
-        except DeadKernelError:
-            why = "its process was killed, perhaps for want of memory; run again to go on"
-            _complain(f"error in {lesson}: {why}")
-            return 1
-        except KeyboardInterrupt:
-            _complain("stopped; the same command goes on from the last finished epoch")
-            return 130
+        if status := _executed(lesson, cfg, partial(run_lesson, again=options.again)):
+            return status
     _print_scoreboard(cfg)
     print("\nexecuted notebooks:")
     for lesson in lessons:
         print(f"  {stage(lesson, cfg) / f'{lesson}.ipynb'}")
+    return 0
+
+
+def _executed(lesson: str, cfg: Any, execute: Callable[[str, Any, Any], None]) -> int:
+    """Execute a lesson's notebook; the exit status, with the reason told where it is not 0."""
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    from .stages import stage
+
+    try:
+        execute(lesson, cfg, say)
+    except PapermillExecutionError as error:
+        part = stage(lesson, cfg) / f".{lesson}.ipynb"
+        _complain(
+            f"error in {lesson}, cell {error.exec_count}: {error.ename}: {error.evalue}",
+            f"the notebook as far as it came: {part}; run again to go on",
+        )
+        return 1
+    except DeadKernelError:
+        why = "its process was killed, perhaps for want of memory; run again to go on"
+        _complain(f"error in {lesson}: {why}")
+        return 1
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on from the last finished epoch")
+        return 130
     return 0
 
 
@@ -139,12 +150,8 @@ def _sweep(options: argparse.Namespace) -> int:
     from .sweeps import sweep
 
     settings = _read_grid(options.file) if options.file else {}
-    for name, *values in options.p:
-        if not values:
-            raise ValueError(
-                f"-p {name}: expected one or more values after the name, such as -p seed 0 1 2"
-            )
-        settings[name] = [_value(v) for v in values] if len(values) > 1 else _value(*values)
+    for name, values in read_pairs(options.p).items():
+        settings[name] = values if len(values) > 1 else values[0]
     asked = str(options.lesson or settings.pop("lesson", "05")).zfill(2)
     settings.pop("lesson", None)
     lesson = next((name for name in NEEDS if asked in (name, name[:2])), asked)
@@ -163,18 +170,10 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _read_grid(file: str) -> dict[str, Any]:
     """The settings of a sweep's YAML file."""
-    import yaml
+    from .settings import read_yaml
 
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        found = repr(settings)[:60]
-        raise ValueError(f"{file}: expected lines such as 'seed: [0, 1, 2]', found {found}")
+    settings = read_yaml(file)
     for name, value in settings.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{file}: {name!r} is no name of a setting; write 'seed: [0, 1, 2]'")
         values = value if isinstance(value, list) else [value]
         read = [_value(v) if isinstance(v, str) else v for v in values]  # 1e-3 is text in YAML
         settings[name] = read if isinstance(value, list) else read[0]
@@ -214,9 +213,12 @@ def _reference(options: argparse.Namespace) -> int:
 def _store(options: argparse.Namespace) -> int:
     from .lessons import store_lesson
     from .settings import config
+    from .stages import needs_checkout
 
+    needs_checkout("store")
     for lesson in _lessons(options.only):
-        store_lesson(lesson, config("auto"), say)
+        if status := _executed(lesson, config("auto"), store_lesson):
+            return status
     return 0
 
 
@@ -224,13 +226,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Any, list[str]]:
     """The configuration and the lessons that were asked for."""
     from .settings import config
 
-    settings: dict[str, Any] = {}
-    for name, text in options.p:
-        if name in settings:
-            raise ValueError(
-                f"-p {name} is given twice, {settings[name]!r} and {text}; leave one out"
-            )
-        settings[name] = _value(text)
+    settings = {name: value for name, (value,) in read_pairs(options.p).items()}
     return config(options.preset or "auto", **settings), _lessons(options.only)
 
 
@@ -255,6 +251,21 @@ def say(line: str) -> None:
 def _complain(*lines: str) -> None:
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def read_pairs(given: Iterable[Sequence[str]]) -> dict[str, list[Any]]:
+    """The values of every -p NAME VALUE …; ValueError for a name without one, or given twice."""
+    texts: dict[str, Sequence[str]] = {}
+    for name, *values in given:
+        if not values:
+            raise ValueError(
+                f"-p {name}: expected one or more values after the name, such as -p seed 0 1 2"
+            )
+        if name in texts:
+            told = f"{' '.join(texts[name])} and {' '.join(values)}"
+            raise ValueError(f"-p {name} is given twice, {told}; leave one out")
+        texts[name] = values
+    return {name: [_value(text) for text in values] for name, values in texts.items()}
 
 
 def _value(text: str) -> Any:

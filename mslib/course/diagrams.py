@@ -62,11 +62,11 @@ def pipeline() -> None:
         ("05", "Fine-tuning", weights, ""),
     ]
     more = [
-        ("06", "Growing\nregularization", weights),
+        ("06", "Growing\nregularization", damage),
         ("07", "Feature\nflow", widths),
         ("08", "Method\ncomparison", every),
         ("09", "Your own\nnetwork", every),
-        ("10", "The\nfamily", every),
+        ("10, 11", "The family,\nand your own", every),
     ]
     for i, (number, name, question, handed) in enumerate(line):
         x = 0.1 + 2.11 * i
@@ -275,7 +275,7 @@ def growing(pick: bool = False) -> None:
 @style()
 def common_penalty() -> None:
     """Two weights of one size under one penalty: what is left tells their curvature (GReg-2)."""
-    title = "Under the same penalty, the weight that matters less shrinks more"
+    title = "Under the same penalty, the weight with the flatter loss shrinks more"
     _, (left, right) = figure(title, 10, 3.0, columns=2)
     w, r = np.linspace(0, 2, 100), np.linspace(0, 3, 100)
     cases = [
@@ -291,6 +291,54 @@ def common_penalty() -> None:
     left.set(xlabel="weight w: loss ½ h (w − 1)²", ylabel="loss", xticks=[0, 1, 2], yticks=[0])
     right.set(xlabel="common penalty factor r: w = h / (h + r)", ylabel="what is left of w")
     right.set(xlim=(0, 4.1), ylim=(0, 1.05), xticks=[0, 1, 2, 3], yticks=[0, 1])
+
+
+@style()
+def feature_path() -> None:
+    """Length and curvature of a path of features, and what the penalty on both leaves of it."""
+    ax = _card("Feature flow asks for a short and straight path", 10, 2.9)
+    bend, step = COLORS["dropped"], COLORS["kept"]
+    crooked = [(0.8, 0.9), (1.9, 1.5), (3.2, 0.8), (5.2, 1.3)]
+    straight = [(7.4, 1.0), (7.9, 1.12), (8.4, 1.22), (8.9, 1.36)]
+    for points in (crooked, straight):
+        for i, (x, y) in enumerate(points):
+            ax.plot([x], [y], "s" if i == 0 else "o", color=INK, ms=6, zorder=3)
+            _text(ax, x, y - 0.24, f"$x_{i}$", 10)
+        for start, end in zip(points, points[1:]):
+            _arrow(ax, start, end, step, lw=1.8)
+    (x0, y0), (x1, y1), x2 = crooked[:3]
+    onward = (2 * x1 - x0, 2 * y1 - y0)
+    ax.plot([x1, onward[0]], [y1, onward[1]], ls=":", color=QUIET, lw=1.5)
+    _arrow(ax, onward, x2, bend, lw=1.8)
+    _text(ax, 2.2, 2.1, "the same step again", 9, color=QUIET, ha="right")
+    _text(ax, 3.25, 1.75, "by how much the next step differs: curvature", 9, color=bend, ha="left")
+    _text(ax, 1.25, 1.38, "steps: length", 9, color=step, ha="right")
+    _text(ax, 3.0, 0.2, "each block moves the features by what it adds", 9)
+    _text(ax, 8.15, 0.2, "with the penalty", 9)
+
+
+@style()
+def places() -> None:
+    """An iteration of `fit`, with the three places where a penalty can act."""
+    ax = _card("Three places in each iteration where a penalty can act", 10, 2.5)
+    ours, plain = FILLS["how to cut\nwithout damage?"], FILLS[""]
+    boxes = [
+        ("step(i)", "strengths that\nchange with time", ours),
+        ("cross-entropy", "of a batch", plain),
+        ("+ penalty()", "what is added\nto the loss", ours),
+        ("optimizer", "gradient, step", plain),
+        ("proximal_step(lr)", "weights that are\nset or shrunk", ours),
+    ]
+    for i, (name, what, fill) in enumerate(boxes):
+        x = 0.1 + 2.0 * i
+        _box(ax, x, 0.7, 1.7, 1.1, fill)
+        _text(ax, x + 0.85, 1.5, name, 9.5, fontweight="bold")
+        _text(ax, x + 0.85, 1.05, what, 8.5)
+        if i:
+            _arrow(ax, (x - 0.29, 1.25), (x - 0.01, 1.25))
+    ax.plot([8.95, 8.95, 0.95], [0.7, 0.35, 0.35], color=QUIET, lw=1.2)
+    _arrow(ax, (0.95, 0.35), (0.95, 0.69), QUIET)
+    _text(ax, 5.0, 0.17, "the next batch", 8.5, color=QUIET)
 
 
 PHASES = {"pick": "#f7e6c4", "grow": "#ffffff", "hold": "#ececec"}  # ground behind a phase

@@ -5,6 +5,7 @@ An exercise is a function of ours, what it is tried on, and what a wrong result 
 hint that a reader gets who is stuck.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
@@ -218,6 +219,21 @@ def in_int8(weights: torch.Tensor) -> torch.Tensor:
 
 
 # ---- 10 · the family ---------------------------------------------------------------------------
+
+
+@exercise(
+    (torch.tensor([0.3, 0.1, 0.2]), 0.5),
+    (torch.tensor([1.0, 2.0, 3.0, 0.5]), 0.25),
+    (torch.tensor([2.0, 1.0]), 0.0),
+)
+def zeroed(norms: torch.Tensor, share: float) -> torch.Tensor:
+    """Round share · filters up to a whole number; that many of smallest norm (argsort) are True."""
+    gone = torch.zeros(len(norms), dtype=torch.bool)
+    gone[norms.argsort()[: math.ceil(share * len(norms))]] = True
+    return gone
+
+
+# ---- 11 · a penalty of your own ----------------------------------------------------------------
 
 
 @exercise(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import ROOT, replacing
+from ..files import ROOT, reason, replacing
 from ..training.progress import Progress
 from .settings import Config
 from .stages import NEEDS, Results, Stage, needs_checkout, stage
@@ -59,7 +59,7 @@ def store_lesson(lesson: str, cfg: Config, say: Say = print) -> None:
     import nbformat
 
     needs_checkout("store")
-    source, where = ROOT / "notebooks" / f"{lesson}.ipynb", stage(lesson, cfg)
+    source, where = notebook_of(lesson), stage(lesson, cfg)
     with _alone(where, say):
         _execute(lesson, source, where, {}, say)
     notebook = nbformat.read(source, 4)
@@ -71,6 +71,22 @@ def store_lesson(lesson: str, cfg: Config, say: Say = print) -> None:
         nbformat.write(notebook, beside)
 
 
+def notebook_of(lesson: str) -> Path:
+    """The notebook of `lesson`. ValueError that names it if it is damaged."""
+    import nbformat
+
+    path = ROOT / "notebooks" / f"{lesson}.ipynb"
+    try:
+        nbformat.validate(nbformat.read(path, 4))
+    except OSError:
+        raise
+    except Exception as error:  # nbformat raises of any kind for what is no notebook
+        raise ValueError(
+            f"{path} is damaged ({reason(error)}); get it again, such as by git checkout"
+        ) from None
+    return path
+
+
 def _shown(title: str) -> Say:
     progress = Progress(title)
     return lambda line: progress.update(line.strip(), keep=True)
@@ -79,7 +95,7 @@ def _shown(title: str) -> Say:
 def _parameters(lesson: str, cfg: Config) -> dict[str, Any]:
     """What papermill puts into the notebook: by name what its cell lists, else in `overrides`."""
     papermill = _papermill()
-    listed = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{lesson}.ipynb"))
+    listed = papermill.inspect_notebook(str(notebook_of(lesson)))
     given = cfg.overrides()
     own = {name: given.pop(name) for name in list(given) if name in listed}
     return {"preset": cfg.preset, **own, **({"overrides": given} if given else {})}
@@ -124,7 +140,7 @@ def _papermill() -> Any:
 
 def _execute(lesson: str, target: Path, where: Stage, parameters: dict[str, Any], say: Say) -> None:
     papermill = _papermill()
-    source, part = ROOT / "notebooks" / f"{lesson}.ipynb", where / f".{lesson}.ipynb"
+    source, part = notebook_of(lesson), where / f".{lesson}.ipynb"
     with _following(where / "log.txt", lesson, say):
         papermill.execute_notebook(
             os.path.relpath(source),

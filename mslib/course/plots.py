@@ -293,12 +293,16 @@ def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: st
     where: Any = dict(textcoords="offset points", va="center", fontsize=9)
     ax.annotate("what we want", (0, baseline), xytext=(11, 9), **where)
     ax.annotate("baseline", (10, baseline), xytext=(0, 7), ha="center", **where)
+    spots = [(np.log1p(max(b - a, 0)), b) for b, a in points.values()]
+    close = (max(baseline, *(b for _, b in spots)) - min(b for _, b in spots)) / 8
     for name, (before, after) in points.items():
         lost, ink = max(before - after, 0), color(name) or COLORS["global"]
         ax.plot(lost, before, "o", ms=9, color=ink)
+        below = [x for x, b in spots if 0 < before - b < close]
+        up = before > baseline or any(abs(x - np.log1p(lost)) < 0.7 for x in below)
         right = lost > 30  # a label to the left of its dot stays inside the frame
         looks: Any = dict(color=ink, fontweight="bold", ha="right" if right else "left")
-        place = (-9 if right else 9, 9 if before > baseline else -9)
+        place = (-9 if right else 9, 9 if up else -9)  # away from a dot just below
         ax.annotate(name, (lost, before), xytext=place, **where, **looks)
     ax.set_xscale("symlog", linthresh=1)
     ticks = (0, 1, 3, 10, 30, 100)
@@ -337,35 +341,6 @@ def kept_shares(panels: Values, title: str, floor: float = 0.0) -> None:
         ax.grid(visible=False, axis="x")
         ax.set(title=name, ylim=(0, 115), yticks=range(0, 101, 25))
     np.atleast_1d(axes)[0].set_ylabel("channels kept (%)")
-
-
-@style()
-def trajectories(flows: Mapping[str, list[list[Tensor]]], title: str) -> None:
-    """The way of the first image through each stage, from where it starts, a point a block.
-
-    Along the straight line to its end, and away from that line: both are lengths in the space of
-    the features, over their mean size in this stage. `flows`: name -> what `ms.flows` returns.
-    """
-    stretches = len(next(iter(flows.values())))
-    _, axes = figure(title, columns=stretches, sharex=True, sharey=True)
-    axes = np.atleast_1d(axes)  # one stretch makes one axis
-    for s, ax in enumerate(axes):
-        for name, stages in flows.items():
-            way = torch.stack(stages[s])[:, 0].flatten(1).float()  # [layers, features]
-            moved = (way - way[0]) / way.norm(dim=1).mean()
-            straight = moved[-1] / moved[-1].norm()
-            along = moved @ straight
-            away = (moved - along[:, None] * straight).norm(dim=1)
-            ax.plot(along, away, "o-", ms=4, color=color(name))
-            if s == 0:  # the colours say it in the others
-                top = int(away.argmax())
-                looks: Any = dict(color=color(name), fontweight="bold", ha="center")
-                spot = (float(along[top]), float(away[top]))
-                ax.annotate(name, spot, (0, 6), textcoords="offset points", **looks)
-        ax.plot(0, 0, "s", ms=9, color=COLORS["published"], zorder=3)
-        ax.set(title=f"stage {s + 1}", xlabel="along the straight line")
-    axes[0].annotate("start", (0, 0), (8, -3), textcoords="offset points")
-    axes[0].set(ylabel="away from that line", ylim=(-0.05, axes[0].get_ylim()[1] + 0.05))
 
 
 @style()
@@ -431,8 +406,7 @@ def stations(
     span = limits[1] - limits[0] if limits else span
     heights = apart([end for end, _ in ends], span / 14)
     for height, (end, name) in zip(heights, ends):
-        ink = color(name)
-        ax.plot(lines[name], "o-", color=ink, ms=5)
+        ink = ax.plot(lines[name], "o-", color=color(name), ms=5)[0].get_color()
         place: Any = dict(color=ink, va="center", fontsize=9, fontweight="bold")
         place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
         place["ha"] = "left" if at else "right"
@@ -578,7 +552,7 @@ def filter_sizes(
     left.axvline(step, color="0.3", ls=":")
     left.legend(loc="upper right", bbox_to_anchor=(1, 0.82))
     left.set(yscale="log", ylim=(None, 3), xlabel="step (shaded: 90 % of the dropped filters)")
-    left.set_ylabel("mean |W| of a filter, start = 1")
+    left.set_ylabel("mean |W| of a filter, start = 1 (line: median)")
     right.set(xlabel="every filter, at the dotted line", title=f"at step {step}")
     return right
 
@@ -600,24 +574,6 @@ def published(ax: Axes, value: float, text: str) -> None:
         bbox=dict(fc="white", ec="none", pad=0.5),
         **where,
     )
-
-
-@style()
-def dots(ours: Values, published: Values, title: str, unit: str) -> None:
-    """One value a row, best on top: ours filled, in the method's colour, published ones hollow."""
-    values = {**ours, **{f"{name}, published": value for name, value in published.items()}}
-    names = sorted(values, key=lambda name: values[name])
-    _, ax = figure(title, 8, 0.36 * len(names) + 1.2)
-    for y, name in enumerate(names):
-        ink = (color(name) or COLORS["dense"]) if name in ours else "none"
-        ax.scatter(values[name], y, s=40, zorder=3, edgecolor=COLORS["published"], color=ink)
-        place: Any = dict(textcoords="offset points", va="center", fontsize=10)
-        place["bbox"] = dict(fc="white", ec="none", pad=0.5)  # over the grid
-        ax.annotate(f"{values[name]:+.2f}".replace("-", "−"), (values[name], y), (9, 0), **place)
-    ax.axvline(0, color=COLORS["dense"], lw=1)
-    ax.set_yticks(range(len(names)), names)
-    ax.margins(x=0.12)
-    ax.set(xlabel=unit)
 
 
 @style()

@@ -2,14 +2,15 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from ..files import ROOT, is_checkout, read_json
+from ..files import ROOT, is_checkout, nearest, reason
 from .settings import Config
-from .stages import NEEDS, Results, needs_checkout, stage
+from .stages import NEEDS, UNFIT, Results, needs_checkout, stage
 
 
 def tables() -> Path:
@@ -26,11 +27,21 @@ def reference(name: str = "resnet56-cifar10") -> dict[str, Results]:
     kept = tables() / "reference"
     for end in ("", "-full", "-standard", "-quick"):
         if found := sorted((kept / f"{name}{end}").glob("*/metrics.json")):
-            folders = [path.parent for path in found]
-            settings = [read_json(path)["settings"] for path in found]
-            return {f.name: Results(f.name, f, s) for f, s in zip(folders, settings)}
+            stages = [Results(path.parent.name, path.parent, {}) for path in found]
+            return {s.lesson: Results(s.lesson, s.path, s.metrics["settings"]) for s in stages}
     known = sorted(p.name for p in kept.glob("*") if p.is_dir())
     raise FileNotFoundError(f"no reference {name!r}; there are: {', '.join(known) or 'none'}")
+
+
+def read_table(path: Path, columns: Collection[str] = (), **how: Any) -> pd.DataFrame:
+    """A CSV file that has the `columns`, `how` as of pandas. ValueError that names it if not."""
+    try:
+        table = pd.read_csv(path, **how)
+    except ValueError as error:  # pandas' own kinds are of this one
+        raise ValueError(f"{path} cannot be read as a table ({reason(error)})") from None
+    if lacking := [name for name in columns if name not in table]:
+        raise ValueError(f"{path} lacks the columns {', '.join(lacking)}; it has {[*table]}")
+    return table
 
 
 def recovery() -> pd.DataFrame:
@@ -39,17 +50,28 @@ def recovery() -> pd.DataFrame:
     What a cut costs and what repairs it: `station` says when `test` and `held_out` were measured,
     "before" the cut, "cut", "folded", or the epochs of training, as text.
     """
-    table = pd.read_csv(tables() / "reference" / "recovery-cifar10.csv", dtype={"station": str})
+    path = tables() / "reference" / "recovery-cifar10.csv"
+    table = read_table(path, ("images", "taught", "station"), dtype={"station": str})
     return table[(table.images == 1) & ~table.taught].reset_index(drop=True)
 
 
 def published(network: str, dataset: str = "CIFAR-10") -> pd.DataFrame:
     """Published results of `network`, a row a method, in percent.
 
-    Columns: base and pruned top-1, delta, reduction (of the MACs), source.
+    Columns: base and pruned top-1, delta, reduction (of the MACs), source. ValueError where none
+    are known, with the nearest name.
     """
-    table = pd.read_csv(tables() / "published.csv").set_index("method")
-    return table[(table.network == network) & (table.dataset == dataset)]
+    path = tables() / "published.csv"
+    table = read_table(path, ("method", "network", "dataset")).set_index("method")
+    for column, name in {"network": network, "dataset": dataset}.items():
+        known = sorted({*table[column].dropna()})
+        if name not in known:
+            about = "" if column == "network" else f" of {network}"
+            raise ValueError(
+                f"no published results{about} for {column} {name!r}" + nearest(name, known)
+            )
+        table = table[table[column] == name]
+    return table
 
 
 def scoreboard(stages: Iterable[Results]) -> pd.DataFrame:
@@ -131,19 +153,24 @@ def half_width(differences: Sequence[float] | pd.Series) -> float:
 
 
 def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:
-    """Copy the finished stages of `cfg` to data/reference/<name>; of the weights only the ends."""
+    """Copy the finished stages of `cfg` to data/reference/<name>; of the weights only the ends.
+
+    ValueError for a `name` that is no folder's, or whose folder holds a run with other settings.
+    """
     needs_checkout("reference")
-    if not any(stage(lesson, cfg).finished for lesson in lessons):
+    if not name or UNFIT.search(name):
+        raise ValueError(f"NAME {name!r}: expected the name of a folder, such as resnet56-mine")
+    done = [found for lesson in lessons if (found := stage(lesson, cfg)).finished]
+    if not done:
         raise FileNotFoundError(
             f"no lesson of this run is finished, {', '.join(lessons)}; "
             "run it first: python -m mslib run"
         )
     heavy = ["images", "imagenet", "*.onnx", "before.pt", "pruned*.pt", "penalty.pt", "model.pt"]
     target = tables() / "reference" / name
-    for lesson in lessons:
-        found = stage(lesson, cfg)
-        if not found.finished:
-            continue
+    _refuse_another_run(target, done)
+    for found in done:
+        lesson = found.lesson
         undrawn = ["gammas.pt"] if lesson > "05" else []  # no figure of these lessons shows them
         left_out = shutil.ignore_patterns(".*", "log.txt", "epoch-*.pt", *heavy, *undrawn)
         shutil.copytree(found.path, target / lesson, dirs_exist_ok=True, ignore=left_out)
@@ -154,3 +181,17 @@ def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:
         from . import plots
 
         plots.result(kept, target / "result.png")
+
+
+def _refuse_another_run(target: Path, stages: Iterable[Results]) -> None:
+    """ValueError if a lesson in the folder `target` was run with other settings than `stages`."""
+    now = {name: value for found in stages for name, value in found.settings.items()}
+    for path in sorted(target.glob("*/metrics.json")):
+        have = Results(path.parent.name, path.parent, {}).metrics["settings"]
+        differ = [k for k in sorted(have.keys() & now.keys()) if have[k] != now[k]]
+        if differ:
+            told = ", ".join(f"{k}={have[k]!r} (now {now[k]!r})" for k in differ)
+            raise ValueError(
+                f"{path.parent} is of a run with other settings: {told}; "
+                "choose another NAME, or remove that folder's"
+            )

@@ -1,6 +1,7 @@
 """The stages of the course: what a finished lesson leaves behind, and how one is recorded."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..costs import cost
 from ..data.sources import KNOWN, dataset_identity, load_data
 from ..data.tensors import Data
-from ..files import ROOT, is_checkout, read_json, read_tensors, write_json
+from ..files import ROOT, is_checkout, nearest, read_json, read_tensors, write_json
 from ..networks import load
 from ..pruning.maskfiles import load_masks
 from ..training.loop import evaluate
@@ -30,8 +31,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "08_method_comparison": ("01_baseline", "02_global_sparsity"),
     "09_your_own_network": (),
     "10_the_family": (),
+    "11_your_own_penalty": (),
 }
 ROW: dict[str, Any] = {"name": str, "top1": (int, float), "macs": int, "params": int, "epochs": int}
+UNFIT = re.compile(r"""[/\\:*?"<>|{\x00-\x1f]|^\.|[. ]$""")  # for the name of a folder
 
 
 class Results:
@@ -87,13 +90,16 @@ class Results:
         return pd.DataFrame(self.metrics["rows"])
 
     def top1(self, name: str) -> float:
-        """Test top-1 in percent of the row called `name`."""
-        return float(self.rows.set_index("name").top1[name])
+        """Test top-1 in percent of the row called `name`; ValueError if there is none."""
+        found = {row["name"]: row["top1"] for row in self.metrics["rows"]}
+        if name not in found:
+            raise ValueError(f"{self.path} has no row {name!r}" + nearest(name, found))
+        return float(found[name])
 
     @property
     def minutes(self) -> float:
         """Minutes that the trainings of this stage took, all together."""
-        return sum(read_json(path)["seconds"] for path in self.path.glob("*/history.json")) / 60
+        return sum(map(_seconds, self.path.glob("*/history.json"))) / 60
 
     def history(self, run: str) -> pd.DataFrame:
         return read_history(self.path / run)
@@ -143,6 +149,21 @@ def stage(lesson: str, cfg: Config) -> Stage:
     that differ from the preset: changing one starts a new folder, and earlier results stay in use.
     Raises ValueError for an unknown lesson, or a folder with results of other settings or images.
     """
+    found = place(lesson, cfg)
+    if found.finished:
+        have, settings = found.metrics["settings"], found.settings
+        differ = [k for k in sorted({*have, *settings}) if have.get(k) != settings.get(k)]
+        if differ:
+            told = ", ".join(f"{k}={have.get(k)!r} (now {settings.get(k)!r})" for k in differ)
+            raise ValueError(
+                f"{found.path} holds a run made with other settings: {told}; give another folder "
+                "by `runs`, or move this one away as a whole"
+            )
+    return found
+
+
+def place(lesson: str, cfg: Config) -> Stage:
+    """The stage of `lesson` for `cfg`, whatever its folder holds."""
     if lesson not in NEEDS:
         raise ValueError(f"unknown lesson {lesson!r}; known: {', '.join(NEEDS)}")
     number = int(lesson[:2])
@@ -153,19 +174,9 @@ def stage(lesson: str, cfg: Config) -> Stage:
     if cfg.dataset not in KNOWN and settings:
         changed.append(f"images={settings['images']}")  # two folders may have one name
     name = ",".join([lesson, *changed])
-    if len(name) > 100 or "{" in name:  # metrics.json has the settings in full
+    if len(name) > 100 or UNFIT.search(name):  # metrics.json has the settings in full
         name = f"{lesson},{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-    found = Stage(lesson, home() / cfg.runs / cfg.preset / name, settings)
-    if found.finished:
-        have = found.metrics["settings"]
-        differ = [k for k in sorted({*have, *settings}) if have.get(k) != settings.get(k)]
-        if differ:
-            told = ", ".join(f"{k}={have.get(k)!r} (now {settings.get(k)!r})" for k in differ)
-            raise ValueError(
-                f"{found.path} holds a run made with other settings: {told}; give another folder "
-                "by `runs`, or move this one away as a whole"
-            )
-    return found
+    return Stage(lesson, home() / cfg.runs / cfg.preset / name, settings)
 
 
 def home() -> Path:
@@ -185,6 +196,14 @@ def needs_checkout(what: str) -> None:
 def data_of(cfg: Config) -> Data:
     """The images of a configuration."""
     return load_data(cfg.dataset, cfg.val, cfg.image_size, (cfg.train_size, cfg.test_size))
+
+
+def _seconds(path: Path) -> float:
+    """What a training took, from its history.json."""
+    seconds = read_json(path).get("seconds")
+    if not isinstance(seconds, int | float):
+        raise ValueError(f"{path} is damaged: its seconds are {str(seconds)[:40]!r}")
+    return seconds
 
 
 def _misshapen(metrics: Any) -> str | None:

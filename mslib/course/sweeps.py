@@ -5,19 +5,20 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ..files import replacing
+from ..files import reason, replacing
 from ..training.progress import Progress
 from .lessons import run_lesson
 from .settings import SETTINGS, Config, config
-from .stages import NEEDS, data_of, needs_checkout, stage
+from .stages import NEEDS, Stage, data_of, needs_checkout, place, stage
 
 ALONE = threading.Lock()  # environment and working folder belong to a process, not to a thread
+ELSEWHERE = "give another file by --csv, or move this one away"
 Points = dict[str, Config]  # the name of a point -> its configuration
 
 
@@ -37,25 +38,27 @@ def sweep(
 ) -> dict[str, str]:
     """Run `lesson` for every point of `grid(settings)` and keep the CSV at `path` up to date.
 
+    Rows of other points, of an earlier sweep with these settings, stay in the CSV.
+
     Each stage that a point needs runs once, however many points share it; finished ones, also of an
     earlier sweep that was killed, are reused. A point that fails leaves the others alone.
     `jobs`: processes on this machine, which share its cores. `scheduler`: the address of a Dask
     scheduler to use instead; its workers see this folder, and `jobs` of them share a machine.
 
     Returns dict[point -> what went wrong]. Raises ValueError, before anything runs, for a setting
-    that is unknown, out of range, or of no matter to the lesson.
+    that is unknown, out of range, or of no matter to the lesson, and for a file at `path` that is
+    no table of these settings.
     """
     points = _points(lesson, preset, settings, jobs)
-    write_table(
-        lesson, points, settings, path
-    )  # a path that cannot be written: before the first run
+    write_table(lesson, points, settings, path)  # what cannot be written: before the first run
     progress, failed = Progress("sweep"), {}
     for name, cfg in list(points.items()):
         try:
             unfinished = not [stage(needed, cfg) for needed in _with_needs(lesson)][0].finished
             if unfinished:
                 data_of(cfg)  # downloaded and unpacked once, not by two processes at a time
-        except ValueError as error:  # a damaged metrics.json, or one of other settings
+        # a damaged metrics.json, or one of other settings; images that cannot be read now
+        except (ValueError, OSError) as error:
             failed[name] = str(error)
             progress.update(f"{name}: failed: {error}", keep=True)
             del points[name]
@@ -143,29 +146,59 @@ def _gather(
 
 
 def write_table(lesson: str, points: Points, settings: dict[str, Any], path: str | Path) -> None:
-    """Write the CSV, a row a finished point; one whose results cannot be read is left out.
+    """Write the CSV: the rows that it has of other points, and one a finished point.
 
-    Columns: its settings, its last network, every fraction and text of its metrics.json.
+    Columns: its settings; its folder, which tells points apart; its last network; every fraction
+    and text of its metrics.json. A point whose results cannot be read is left out.
     """
-    rows = []
+    matter = {name for cfg in points.values() for name in cfg.up_to(int(lesson[:2]))}
+    asked = [name for name in SETTINGS if name in settings and name in matter]
+    columns, rows = _others(Path(path), asked + ["images"] * ("dataset" in asked))
     for cfg in points.values():
-        try:
+        with suppress(ValueError, OSError):
+            folder = f"{cfg.preset}/{place(lesson, cfg).path.name}"
+            rows = [row for row in rows if row["folder"] != folder]
             found = stage(lesson, cfg)
-            metrics = found.metrics if found.finished else None
-        except ValueError:
-            continue
-        if metrics is None:
-            continue
-        asked = {*settings, "images"} if "dataset" in settings else {*settings}
-        row = {k: v for k, v in found.settings.items() if k in asked}
-        row["minutes"] = round(found.minutes, 2)
-        if metrics["rows"]:
-            last = metrics["rows"][-1]
-            row |= {"network": last["name"], **{k: v for k, v in last.items() if k != "name"}}
-        told = {k: v for k, v in metrics.items() if isinstance(v, float | str) and k != "python"}
-        rows.append(row | {k: v for k, v in told.items() if k not in row})
+            if found.finished:
+                rows.append(_row(found, columns, folder))
+    names = dict.fromkeys([*columns, "folder", *(name for row in rows for name in row)])
     with replacing(path) as beside:
-        pd.DataFrame(rows).to_csv(beside, index=False)
+        pd.DataFrame(rows, columns=[*names]).to_csv(beside, index=False)
+
+
+def _others(path: Path, columns: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The table at `path`: its columns of settings, or `columns` if there is none; and its rows.
+
+    ValueError for a file that is no such table or lacks some of the `columns`.
+    """
+    if not path.exists():
+        return columns, []
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # to be written as it was read
+    except pd.errors.EmptyDataError:
+        return columns, []
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as a table ({reason(error)}); {ELSEWHERE}"
+        ) from None
+    have = [*itertools.takewhile(lambda name: name != "folder", table)]  # behind: what came out
+    if lacking := {*columns, "folder"} - {*have, *(["folder"] if "folder" in table else [])}:
+        raise ValueError(
+            f"{path} is no table of this sweep: it lacks {', '.join(sorted(lacking))}; {ELSEWHERE}"
+        )
+    return have, table.to_dict("records")
+
+
+def _row(found: Stage, columns: list[str], folder: str) -> dict[str, Any]:
+    """A row of the table: a finished stage."""
+    metrics = found.metrics
+    row = {name: found.settings.get(name) for name in columns}
+    row |= {"folder": folder, "minutes": round(found.minutes, 2)}
+    if metrics["rows"]:
+        last = metrics["rows"][-1]
+        row |= {"network": last["name"], **{k: v for k, v in last.items() if k != "name"}}
+    told = {k: v for k, v in metrics.items() if isinstance(v, float | str) and k != "python"}
+    return row | {k: v for k, v in told.items() if k not in row}
 
 
 def _with_needs(lesson: str) -> list[str]:

@@ -1,0 +1,84 @@
+"""The trade-off of sparsity: what a stronger penalty costs before the cut, and saves at it.
+
+    python -m tools.tradeoff data/reference/tradeoff-cifar10.yml --dataset PATH -p seed 0
+
+Global and masked sparsity at several strengths each, from the baselines of the recovery curves.
+*masked* has the masks of the global run that is right most often at the cut, on held-out images.
+What is measured already is not measured again, and trainings resume, as in `tools.evidence`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+import mslib as ms
+
+from .evidence import Masks, Recovery, measure_all, read_protocol
+
+KEY = ["depth", "seed", "reduction", "method", "push", "station"]
+METHODS = ("global", "masked", "scratch", "dense")
+
+
+class Tradeoff(Recovery):
+    """One seed and reduction: all its `steps`, or with the setting `push` one strength alone."""
+
+    widths = "masked"
+
+    def key(self, method: str, station: str) -> dict[str, Any]:
+        point = {name: self.s[name] for name in ("depth", "seed", "reduction")}
+        push = self.s.get("push", 0.0) if method in ("global", "masked") else 0.0
+        return point | {"method": method, "push": push, "station": station}
+
+    def at(self, push: float) -> "Tradeoff":
+        """The same at one strength."""
+        arm = Tradeoff(self.s | {"push": float(push)}, self.data, self.table, self.shared.parent)
+        arm.runs = arm.runs / f"push-{push:g}"
+        return arm
+
+    def prepare(self, method: str) -> tuple[nn.Module, Masks]:
+        if method not in self.prepared:
+            s, net, example = self.s, self.baseline(), self.data.example
+            steps = s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
+            strength = s["push"] / ms.push(1.0, s["repair_lr"], steps)
+            if method == "global":
+                run = self.shared / f"global-push-{s['push']:g}"
+                self.fit(net, s["prepare"], run, penalty=ms.GlobalL1(net, example, strength))
+                masks = self.cut(net)
+            else:
+                masks = self.at(self.best()).prepare("global")[1]
+                penalty = ms.MaskedL1(net, masks, strength)
+                self.fit(net, s["prepare"], self.runs / method, penalty=penalty)
+            self.prepared[method] = net, masks
+        return self.prepared[method]
+
+    def best(self) -> float:
+        """The push of *global* that is right most often at the cut, on held-out images."""
+        found = {}
+        for push in self.s.get("whole", self.s)["global_push"]:  # also if -p measures fewer
+            arm = self.at(push)
+            arm.at_the_cut("global")
+            found[push] = self.table.row(arm.key("global", "folded"))["held_out"]
+        return max(found, key=lambda push: found[push])
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        *early, last = self.s["repairs"]
+        arms = [(m, push) for m in ("global", "masked") for push in self.s[f"{m}_push"]]
+        for method, push in arms:
+            yield method, partial(self.at(push).at_the_cut, method)
+        for epochs in (0, self.s["prepare"]):
+            yield "dense", partial(self.dense, epochs)
+        for epochs in (*early, last):
+            for method, push in arms:
+                yield method, partial(self.at(push).repaired, method, epochs)
+        yield "dense", partial(self.dense, self.s["prepare"] + last)
+        yield "scratch", self.at(self.s["masked_push"][0]).scratch
+
+
+def main(words: list[str] | None = None) -> None:
+    measure_all(Tradeoff, KEY, *read_protocol(words, __doc__, METHODS, "runs/evidence"))
+
+
+if __name__ == "__main__":
+    main()
