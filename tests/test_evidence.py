@@ -87,7 +87,7 @@ def measured(tmp_path):
 
 
 def read(file, *words):
-    return evidence.read_protocol([str(file), *words], "about", evidence.EVERY, "runs")[1]
+    return evidence.read_protocol([str(file), *words], "about", evidence.EVERY)[1]
 
 
 @pytest.mark.parametrize(

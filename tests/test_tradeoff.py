@@ -47,7 +47,7 @@ def test_every_strength_has_its_curve_and_masked_the_masks_of_the_best(tmp_path,
     assert len(pd.read_csv(tmp_path / "tradeoff.csv")) == len(table)
     (other,) = {*small["global_push"]} - {best}  # masks are of the best of all, whatever -p chooses
     words += ["-p", "global_push", str(other)]
-    options, s = evidence.read_protocol(words, "about", tradeoff.METHODS, "runs")
+    options, s = evidence.read_protocol(words, "about", tradeoff.METHODS)
     assert s["global_push"] == [other]
     rows = evidence.Table(tmp_path / "tradeoff.csv", tradeoff.KEY)
     point = s | {"seed": 0, "reduction": 0.5}

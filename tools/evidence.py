@@ -102,28 +102,37 @@ class Recovery:
         graph = ms.ChannelGraph(net, self.data.example)
         return self.cut(net, ms.ranked_scores(graph, ms.filter_norms(graph)))
 
+    def steps_before(self) -> int:
+        """The steps of a preparation."""
+        return self.s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
+
+    def strength(self, push: float) -> float:
+        """The λ that can move a γ by `push` in the preparation."""
+        return push / ms.push(1.0, self.s["repair_lr"], self.steps_before())
+
     def prepare(self, method: str) -> tuple[nn.Module, Masks]:
         """The network before the cut, and what will be cut."""
         if method in self.prepared:
             return self.prepared[method]
         s, net, example = self.s, self.baseline(), self.data.example
-        steps = s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
-        rates = ms.learning_rates(s["repair_lr"], steps)
-        reach = ms.push(1.0, s["repair_lr"], steps)  # with λ = 1
+        rates = ms.learning_rates(s["repair_lr"], self.steps_before())
         penalty: Any = None
         masks: Any = None  # until it is known what to cut
         run = self.runs / method
         if method == "global":
-            penalty, run = ms.GlobalL1(net, example, s["global_push"] / reach), self.shared / method
+            penalty, run = (
+                ms.GlobalL1(net, example, self.strength(s["global_push"])),
+                self.shared / method,
+            )
         elif method == "masked-global":
             masks = self.prepare("global")[1]
-            penalty = ms.MaskedL1(net, masks, s["masked_push"] / reach)
+            penalty = ms.MaskedL1(net, masks, self.strength(s["masked_push"]))
         elif method == "flow":
             penalty, run = ms.FeatureFlow(net, s["flow_length"]), self.shared / method
         else:
             masks = self.uniform()
         if method == "masked":
-            penalty = ms.MaskedL1(net, masks, s["masked_push"] / reach)
+            penalty = ms.MaskedL1(net, masks, self.strength(s["masked_push"]))
         elif method in FILTERS:
             penalty = self.on_filters(method, net, masks, rates)
         if penalty:
@@ -250,14 +259,14 @@ class Recovery:
 
 
 def read_protocol(
-    words: list[str] | None, about: str, methods: tuple[str, ...], runs: str
+    words: list[str] | None, about: str, methods: tuple[str, ...]
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command's options, and the settings of its YAML file with what `-p` changes."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("file", type=Path, help="the YAML file of the protocol")
     parser.add_argument("--dataset", default="cifar10", help="as of ms.load_data")
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="only these")
-    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     parser.add_argument("-p", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_args(words)
     try:
@@ -309,7 +318,7 @@ def measure_all(protocol: type[Recovery], key: list[str], options: Any, s: dict[
 
 
 def main(words: list[str] | None = None) -> None:
-    measure_all(Recovery, KEY, *read_protocol(words, __doc__, EVERY, "runs/evidence"))
+    measure_all(Recovery, KEY, *read_protocol(words, __doc__, EVERY))
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def recovery() -> str:
 
 def _traded() -> pd.DataFrame:
     """The table of strengths, of the same seeds everywhere."""
-    table = pd.read_csv(REFERENCE / "tradeoff-cifar10.csv", dtype={"station": str})
+    table = read_table(REFERENCE / "tradeoff-cifar10.csv", dtype={"station": str})
     return _alike(table, ["method", "push", "station"])
 
 

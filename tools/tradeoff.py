@@ -40,8 +40,7 @@ class Tradeoff(Recovery):
     def prepare(self, method: str) -> tuple[nn.Module, Masks]:
         if method not in self.prepared:
             s, net, example = self.s, self.baseline(), self.data.example
-            steps = s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
-            strength = s["push"] / ms.push(1.0, s["repair_lr"], steps)
+            strength = self.strength(s["push"])
             if method == "global":
                 run = self.shared / f"global-push-{s['push']:g}"
                 self.fit(net, s["prepare"], run, penalty=ms.GlobalL1(net, example, strength))
@@ -77,7 +76,7 @@ class Tradeoff(Recovery):
 
 
 def main(words: list[str] | None = None) -> None:
-    measure_all(Tradeoff, KEY, *read_protocol(words, __doc__, METHODS, "runs/evidence"))
+    measure_all(Tradeoff, KEY, *read_protocol(words, __doc__, METHODS))
 
 
 if __name__ == "__main__":
