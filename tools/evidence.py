@@ -276,18 +276,17 @@ def read_protocol(
 
 
 def chosen(file: Path, given: dict[str, list[Any]]) -> dict[str, Any]:
-    """The settings of `file` with the values `given`; `whole` are those before lists are shortened.
+    """The settings of `file` with the values `given`.
 
     Once there are rows, ValueError for what is not among the values of a list: the key of a row
     would not tell it.
     """
-    whole, path = read_yaml(file), file.with_suffix(".csv")
+    s, path = read_yaml(file), file.with_suffix(".csv")
     measured = path.exists() and len(read_table(path)) > 0
-    settings: dict[str, Any] = {}
     for name, values in given.items():
-        if name not in whole:
-            raise ValueError(f"-p {name}: {file} has no such setting; it has {[*whole]}")
-        usual = whole[name]
+        if name not in s:
+            raise ValueError(f"-p {name}: {file} has no such setting; it has {[*s]}")
+        usual = s[name]
         known = usual if isinstance(usual, list) else [usual]
         if len(values) > 1 and usual is not known:
             raise ValueError(f"-p {name}: expected one value, as in {file}, found {values}")
@@ -297,11 +296,9 @@ def chosen(file: Path, given: dict[str, list[Any]]) -> dict[str, Any]:
                 f"-p {name} {others[0]}: {path} was measured with {usual}; "
                 "copy the YAML file under another name and change it there"
             )
-        if others:
-            whole[name] = values if usual is known else values[0]
-        elif usual is known:
-            settings[name] = [value for value in known if value in values]
-    return whole | settings | {"whole": whole}
+        inside = [value for value in known if value in values]  # in the order of the file
+        s[name] = (values if others else inside) if usual is known else values[0]
+    return s
 
 
 def measure_all(protocol: type[Recovery], key: list[str], options: Any, s: dict[str, Any]) -> None:

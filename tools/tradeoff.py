@@ -3,8 +3,8 @@
     python -m tools.tradeoff data/reference/tradeoff-cifar10.yml --dataset PATH -p seed 0
 
 Global and masked sparsity at several strengths each, from the baselines of the recovery curves.
-*masked* has the masks of the global run that is right most often at the cut, on held-out images.
-What is measured already is not measured again, and trainings resume, as in `tools.evidence`.
+*masked* has the masks of one global run, that of `mask_push`. What is measured already is not
+measured again, and trainings resume, as in `tools.evidence`.
 """
 
 from collections.abc import Iterator
@@ -46,20 +46,11 @@ class Tradeoff(Recovery):
                 self.fit(net, s["prepare"], run, penalty=ms.GlobalL1(net, example, strength))
                 masks = self.cut(net)
             else:
-                masks = self.at(self.best()).prepare("global")[1]
+                masks = self.at(s["mask_push"]).prepare("global")[1]
                 penalty = ms.MaskedL1(net, masks, strength)
                 self.fit(net, s["prepare"], self.runs / method, penalty=penalty)
             self.prepared[method] = net, masks
         return self.prepared[method]
-
-    def best(self) -> float:
-        """The push of *global* that is right most often at the cut, on held-out images."""
-        found = {}
-        for push in self.s.get("whole", self.s)["global_push"]:  # also if -p measures fewer
-            arm = self.at(push)
-            arm.at_the_cut("global")
-            found[push] = self.table.row(arm.key("global", "folded"))["held_out"]
-        return max(found, key=lambda push: found[push])
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         *early, last = self.s["repairs"]
