@@ -25,7 +25,8 @@ def test_every_strength_has_its_curve_and_masked_the_masks_of_one(tmp_path, monk
     curves = table.groupby(["method", "push"]).station.agg(list).to_dict()
     curve = ["before", "cut", "folded", "1", "2"]
     pushed = {(m, p): curve for m in ("global", "masked") for p in small[f"{m}_push"]}
-    assert curves == pushed | {("dense", 0): ["0", "1", "3"], ("scratch", 0): ["4"]}
+    twice = {("global-twice", 3): curve[:3]}
+    assert curves == pushed | twice | {("dense", 0): ["0", "1", "3"], ("scratch", 0): ["4"]}
     moved = {}  # (method, push) -> mean |γ| of all channels behind the penalty
     for method, push in pushed:
         name = f"global-push-{push:g}" if method == "global" else f"0.5/push-{push:g}/masked"

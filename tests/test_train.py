@@ -417,6 +417,12 @@ def test_networks_of_stored_runs_are_still_the_same_layers(run):
     assert network_digest(ms.load(folder / "model.pt"))["layers"] == stored
 
 
+def test_a_bias_tells_networks_apart_by_its_tensor_alone():
+    with_bias, without = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    assert network_digest(with_bias)["layers"] == network_digest(without)["layers"]  # as any reprs
+    assert network_digest(with_bias)["weights"] != network_digest(without)["weights"]
+
+
 class Attentive(nn.Module):
     """Of what decides its outputs, `repr` tells the shapes of weights only."""
 

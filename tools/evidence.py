@@ -102,20 +102,20 @@ class Recovery:
         graph = ms.ChannelGraph(net, self.data.example)
         return self.cut(net, ms.ranked_scores(graph, ms.filter_norms(graph)))
 
-    def steps_before(self) -> int:
-        """The steps of a preparation."""
-        return self.s["prepare"] * ms.steps_per_epoch(self.data.train, 128)
+    def steps_of(self, epochs: int) -> int:
+        return epochs * ms.steps_per_epoch(self.data.train, 128)
 
-    def strength(self, push: float) -> float:
-        """The λ that can move a γ by `push` in the preparation."""
-        return push / ms.push(1.0, self.s["repair_lr"], self.steps_before())
+    def strength(self, push: float, epochs: int | None = None) -> float:
+        """The λ that can move a γ by `push` in the preparation, or in so many epochs."""
+        steps = self.steps_of(epochs or self.s["prepare"])
+        return push / ms.push(1.0, self.s["repair_lr"], steps)
 
     def prepare(self, method: str) -> tuple[nn.Module, Masks]:
         """The network before the cut, and what will be cut."""
         if method in self.prepared:
             return self.prepared[method]
         s, net, example = self.s, self.baseline(), self.data.example
-        rates = ms.learning_rates(s["repair_lr"], self.steps_before())
+        rates = ms.learning_rates(s["repair_lr"], self.steps_of(s["prepare"]))
         penalty: Any = None
         masks: Any = None  # until it is known what to cut
         run = self.runs / method

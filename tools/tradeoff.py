@@ -3,8 +3,9 @@
     python -m tools.tradeoff data/reference/tradeoff-cifar10.yml --dataset PATH -p seed 0
 
 Global and masked sparsity at several strengths each, from the baselines of the recovery curves.
-*masked* has the masks of one global run, that of `mask_push`. What is measured already is not
-measured again, and trainings resume, as in `tools.evidence`.
+*masked* has the masks of one global run, that of `mask_push`. *global-twice* trains with this push
+for as many epochs as these two together. What is measured already is not measured again, and
+trainings resume, as in `tools.evidence`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import mslib as ms
 from .evidence import Masks, Recovery, measure_all, read_protocol
 
 KEY = ["depth", "seed", "reduction", "method", "push", "station"]
-METHODS = ("global", "masked", "scratch", "dense")
+METHODS = ("global", "masked", "global-twice", "scratch", "dense")
 
 
 class Tradeoff(Recovery):
@@ -28,7 +29,7 @@ class Tradeoff(Recovery):
 
     def key(self, method: str, station: str) -> dict[str, Any]:
         point = {name: self.s[name] for name in ("depth", "seed", "reduction")}
-        push = self.s.get("push", 0.0) if method in ("global", "masked") else 0.0
+        push = 0.0 if method in ("scratch", "dense") else self.s["push"]
         return point | {"method": method, "push": push, "station": station}
 
     def at(self, push: float) -> "Tradeoff":
@@ -40,15 +41,15 @@ class Tradeoff(Recovery):
     def prepare(self, method: str) -> tuple[nn.Module, Masks]:
         if method not in self.prepared:
             s, net, example = self.s, self.baseline(), self.data.example
-            strength = self.strength(s["push"])
-            if method == "global":
-                run = self.shared / f"global-push-{s['push']:g}"
-                self.fit(net, s["prepare"], run, penalty=ms.GlobalL1(net, example, strength))
-                masks = self.cut(net)
-            else:
+            if method == "masked":
                 masks = self.at(s["mask_push"]).prepare("global")[1]
-                penalty = ms.MaskedL1(net, masks, strength)
+                penalty: ms.Penalty = ms.MaskedL1(net, masks, self.strength(s["push"]))
                 self.fit(net, s["prepare"], self.runs / method, penalty=penalty)
+            else:
+                epochs = s["prepare"] * (1 + (method == "global-twice"))
+                penalty = ms.GlobalL1(net, example, self.strength(s["push"], epochs))
+                self.fit(net, epochs, self.shared / f"{method}-push-{s['push']:g}", penalty=penalty)
+                masks = self.cut(net)
             self.prepared[method] = net, masks
         return self.prepared[method]
 
@@ -57,6 +58,7 @@ class Tradeoff(Recovery):
         arms = [(m, push) for m in ("global", "masked") for push in self.s[f"{m}_push"]]
         for method, push in arms:
             yield method, partial(self.at(push).at_the_cut, method)
+        yield "global-twice", partial(self.at(self.s["mask_push"]).at_the_cut, "global-twice")
         for epochs in (0, self.s["prepare"]):
             yield "dense", partial(self.dense, epochs)
         for epochs in (*early, last):
