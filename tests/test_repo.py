@@ -183,18 +183,26 @@ def test_a_section_in_which_a_measurement_is_missing_is_refused(monkeypatch):
 def test_means_over_other_seeds_are_refused(tmp_path, monkeypatch):
     names = ("comparison-cifar10.csv", "control-cifar10.csv")
     tables = {name: pd.read_csv(stamp.REFERENCE / name) for name in names}
-    curves = stamp.recovery_curves()
-    more = pd.concat([curves, curves[:1].assign(seed=1)])
-    monkeypatch.setattr(stamp, "recovery_curves", lambda: more)
     monkeypatch.setattr(stamp, "REFERENCE", tmp_path)
-    for name in ("recovery", "findings"):
-        with pytest.raises(ValueError, match=r"'one-shot', 0.8, 'before'\) has seeds \(0, 1\)"):
-            section(name)
     for name, made in zip(names, ("comparison", "methods")):
         for other in names:
             tables[other][int(name == other) :].to_csv(tmp_path / other, index=False)
         with pytest.raises(ValueError, match=rf"section '{made}'.* has seeds \(1, 2\), others"):
             section(made)
+
+
+def test_a_table_that_grows_shows_the_seeds_that_all_its_cells_have(monkeypatch):
+    curves = stamp.recovery_curves()
+    before = section("recovery")
+    more = pd.concat([curves, curves[:1].assign(seed=7, test=0.0)])
+    monkeypatch.setattr(stamp, "recovery_curves", lambda: more)
+    assert section("recovery") == before
+    whole = pd.concat([curves, curves.assign(seed=7)])
+    monkeypatch.setattr(stamp, "recovery_curves", lambda: whole)
+    assert "seed 0, 7;" in section("recovery")
+    monkeypatch.setattr(stamp, "recovery_curves", lambda: pd.concat([curves[1:], more[-1:]]))
+    with pytest.raises(ValueError, match="'recovery'.*: no seed was measured in every cell"):
+        section("recovery")
 
 
 @pytest.mark.parametrize(

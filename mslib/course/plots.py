@@ -289,7 +289,7 @@ def prices(points: Mapping[str, tuple[float, float]], baseline: float, title: st
     """
     _, ax = figure(title, height=3.8)
     ax.axhline(baseline, color=COLORS["baseline"], ls="--", lw=1)
-    ax.plot(0, baseline, "*", ms=15, color=COLORS["baseline"], zorder=3)
+    ax.plot(0, baseline, "*", ms=17, mec=COLORS["baseline"], mfc="none", mew=1.5)
     where: Any = dict(textcoords="offset points", va="center", fontsize=9)
     ax.annotate("what we want", (0, baseline), xytext=(11, 9), **where)
     ax.annotate("baseline", (10, baseline), xytext=(0, 7), ha="center", **where)
