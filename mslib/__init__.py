@@ -2,24 +2,9 @@
 
     import mslib as ms
 
-Three floors, in the order in which one reads them:
-
-- `pruning`: how a network is cut. ChannelGraph, channel_groups; gammas, filter_norms,
-  outgoing_norms, weight_norms; taylor_scores, fpgm_scores, lamp_scores, hrank_scores,
-  ranked_scores; masks_below, masks_for_macs, masks_for_ratio, save_masks, load_masks; prune,
-  zero_masked, cut_optimizer_state; widen, merge.
-- `penalties`: the methods. GlobalL1, MaskedL1, push; DependencyL1; GrowingL2, Incremental,
-  Trainability; SoftFilter, SoftShrinkage, GroupEnvelope; FeatureFlow, flows; HoldZero. They add up;
-  Penalty is the base class of one's own.
-- `training`: how it is trained. fit, evaluate, recalibrate, learning_rates, environment.
-
-`recipes` join them: sensitivity; cut_schedule, prune_gradually.
-
-They stand on `data` (load_data, load_folder, Data, Split, normalize, steps_per_epoch), `networks`
-(resnet, vgg, network, untrained, save, load), `costs` (cost, latency), `exports` (export,
-OnnxNetwork) and `quantization` (quantize). Above them, loaded only when asked for, is the `course`
-(config, stage, require, data_of, image_folder, reference, recovery, published, scoreboard,
-decisions, tables, plots, diagrams, exercises).
+`__all__` below lists what there is, by subject. Three floors, in the order in which one reads them:
+`pruning` cuts a network, `penalties` are the methods, `training` trains it; `recipes` join them.
+The course, and with it matplotlib, is loaded only when it is asked for.
 """
 
 from importlib import import_module
@@ -59,85 +44,39 @@ __version__ = "0.2.0"
 
 _COURSE = {  # name -> the module of the course that has it
     "config": "settings",
+    "stage": "stages",
+    "require": "lessons",
     "data_of": "stages",
+    "image_folder": "images",
+    "reference": "results",
+    "recovery": "results",
+    "published": "results",
+    "scoreboard": "results",
     "decisions": "results",
+    "tables": "results",
+    "plots": "plots",
     "diagrams": "diagrams",
     "exercises": "exercises",
-    "image_folder": "images",
-    "plots": "plots",
-    "published": "results",
-    "recovery": "results",
-    "reference": "results",
-    "require": "lessons",
-    "scoreboard": "results",
-    "stage": "stages",
-    "tables": "results",
 }
 
-__all__ = [
-    "ChannelGraph",
-    "Data",
-    "DependencyL1",
-    "FeatureFlow",
-    "GlobalL1",
-    "GroupEnvelope",
-    "GrowingL2",
-    "HoldZero",
-    "Incremental",
-    "MaskedL1",
-    "OnnxNetwork",
-    "PaddedShortcut",
-    "Penalty",
-    "SoftFilter",
-    "SoftShrinkage",
-    "Split",
-    "Trainability",
-    "channel_groups",
-    "cost",
-    "cut_optimizer_state",
-    "cut_schedule",
-    "environment",
-    "evaluate",
-    "export",
-    "filter_norms",
-    "fit",
-    "flows",
-    "fpgm_scores",
-    "gammas",
-    "hrank_scores",
-    "lamp_scores",
-    "latency",
-    "learning_rates",
-    "load",
-    "load_data",
-    "load_folder",
-    "load_masks",
-    "masks_below",
-    "masks_for_macs",
-    "masks_for_ratio",
-    "merge",
-    "network",
-    "normalize",
-    "outgoing_norms",
-    "prune",
-    "prune_gradually",
-    "push",
-    "quantize",
-    "ranked_scores",
-    "recalibrate",
-    "resnet",
-    "save",
-    "save_masks",
-    "sensitivity",
-    "steps_per_epoch",
-    "taylor_scores",
-    "untrained",
-    "vgg",
-    "weight_norms",
-    "widen",
-    "zero_masked",
-    *_COURSE,
-]
+# pruning: how a network is cut
+__all__ = ["ChannelGraph", "channel_groups", "gammas", "filter_norms", "outgoing_norms"]
+__all__ += ["weight_norms", "taylor_scores", "fpgm_scores", "lamp_scores", "hrank_scores"]
+__all__ += ["ranked_scores", "masks_below", "masks_for_macs", "masks_for_ratio", "save_masks"]
+__all__ += ["load_masks", "prune", "zero_masked", "cut_optimizer_state", "widen", "merge"]
+# penalties: the methods, which add up; Penalty is the base class of one's own
+__all__ += ["GlobalL1", "MaskedL1", "push", "DependencyL1", "GrowingL2", "Incremental"]
+__all__ += ["Trainability", "SoftFilter", "SoftShrinkage", "GroupEnvelope", "FeatureFlow", "flows"]
+__all__ += ["HoldZero", "Penalty"]
+# training: how it is trained; recipes, which join the three
+__all__ += ["fit", "evaluate", "recalibrate", "learning_rates", "environment"]
+__all__ += ["sensitivity", "cut_schedule", "prune_gradually"]
+# what they stand on: data, networks, costs, exports, quantization
+__all__ += ["load_data", "load_folder", "Data", "Split", "normalize", "steps_per_epoch"]
+__all__ += ["resnet", "vgg", "network", "untrained", "save", "load", "PaddedShortcut"]
+__all__ += ["cost", "latency", "export", "OnnxNetwork", "quantize"]
+# the course
+__all__ += [*_COURSE]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ LINK = re.compile(r"(?<=\]\()([^()\s#]+)(?=[)#\s])")
 # the site has launch buttons of its own: a line of badges says them twice
 BADGES = re.compile(r"^(?:\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)[ \t]*)+\n?", re.M)
 
-# module below mslib -> (heading, what it is for), in the order of mslib's docstring
+# module below mslib -> (heading, what it is for), in the order of `ms.__all__`
 GROUPS = {
     "pruning": ("Pruning", "How a network is cut."),
     "penalties": ("Penalties", "The methods. Penalties add up: `a + b` is a penalty too."),
@@ -95,9 +95,7 @@ def _moved(path: Path, text: str, folder: str = "") -> str:
 def api() -> str:
     """The reference as a page: every name of `ms.__all__`, in groups, its docstring in full."""
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
-    order = re.findall(r"\w+", ms.__doc__ or "")
-    names = sorted(ms.__all__, key=lambda n: order.index(n) if n in order else len(order))
-    for name in names:
+    for name in ms.__all__:
         found = getattr(ms, name)
         module = found.__name__ if inspect.ismodule(found) else found.__module__
         part = module.split(".")[1]
