@@ -1,7 +1,9 @@
 """Damaged and hostile images and archives: each is refused by name, and nothing is started."""
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import struct
 import tarfile
@@ -334,6 +336,12 @@ def garbage(p, start=b"\x1f\x8b\x08\x00"):
     return p / "a.tar.gz"
 
 
+def otherwise_packed(p, module):
+    content = gzip.decompress(tarred(p / "a.tar.gz", good_files()).read_bytes())
+    (p / "a.tar").write_bytes(module.compress(content))
+    return p / "a.tar"
+
+
 def empty_gzip(p):
     (p / "a.tar.gz").write_bytes(b"")
     return p / "a.tar.gz"
@@ -404,8 +412,8 @@ ARCHIVES = {
     lambda p: cut(tarred(p / "a.tar.gz", good_files())): "a.tar.gz cannot be read",
     lambda p: cut(tarred(p / "a.tar.gz", good_files()), 0.1): "a.tar.gz cannot be read",
     lambda p: garbage(p, b"PK\x03\x04"): "a.tar.gz cannot be read",
-    lambda p: garbage(p, b"BZh9"): "a.tar.gz cannot be read",
-    lambda p: garbage(p, b"\xfd7zXZ\x00"): "a.tar.gz cannot be read",
+    lambda p: otherwise_packed(p, bz2): "a.tar cannot be read as a folder, .tar.gz or .zip",
+    lambda p: otherwise_packed(p, lzma): "a.tar cannot be read as a folder, .tar.gz or .zip",
 }
 
 

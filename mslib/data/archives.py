@@ -1,8 +1,6 @@
 """The files of a folder, zip or tar: their names first, and then those that are asked for."""
 
-import bz2
 import gzip
-import lzma
 import os
 import tarfile
 import zipfile
@@ -15,11 +13,6 @@ from .images import SUFFIXES, DataError, open_file
 
 SPLITS = {"train": "train", "test": "test", "val": "val", "valid": "val"}
 DEEPEST = 5  # folders within folders: a link to a folder above its own would have no end
-UNPACKERS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-}
 HEADERS = 2**16  # bytes that a tar may hold about one file: its name, times and what else is known
 
 
@@ -124,11 +117,8 @@ class _Tar:
 
 def _unpacked(path: Path) -> IO[bytes]:
     with open(path, "rb") as file:
-        start = file.read(6)
-    for sign, unpack in UNPACKERS.items():
-        if start.startswith(sign):
-            return unpack(path)
-    return open(path, "rb")
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(path)) if packed else open(path, "rb")
 
 
 def _members(
