@@ -1,9 +1,11 @@
 """After pruning: an .onnx file in int8, calibrated on images and compared with the float file."""
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,12 +53,15 @@ def quantize(
         raise
     except Exception as error:  # ONNX Runtime raises kinds of its own
         raise ValueError(f"{source} cannot be read as ONNX: {reason(error)}") from None
-    if "QuantizeLinear" in kinds:
+    if "QuantizeLinear" in kinds:  # ONNX Runtime would work on it for many minutes
         raise ValueError(f"{source} is quantized already; give the float file of ms.export")
     inputs = [each.name for each in before.get_inputs()]
     if len(inputs) != 1:
         raise ValueError(f"{source} has the inputs {', '.join(inputs)}; expected one, of images")
-    calibration = _Calibration(before, sample(split, images, batch_size, seed))
+    batches = (x for x, _ in sample(split, images, batch_size, seed))
+    first = _fitting(before, next(batches))  # else refused, before anything is written
+    given = itertools.chain([first], (feed(before, (x,), {}) for x in batches))
+    calibration = SimpleNamespace(get_next=lambda: next(given, None))
     with replacing(path) as beside:
         with warnings.catch_warnings(), quiet("root", "onnxruntime"):
             warnings.simplefilter("ignore")
@@ -66,7 +71,7 @@ def quantize(
                 raise
             except Exception as error:  # of many kinds
                 raise ValueError(f"{source} cannot be quantized: {reason(error)}") from error
-        off = _compare(before, session(beside), calibration.first)
+        off = _compare(before, session(beside), first)
         if not off <= tolerance:
             raise ValueError(
                 f"{path}: its outputs are off by {off:.2g} of the largest, above "
@@ -76,33 +81,17 @@ def quantize(
     return off
 
 
-class _Calibration:
-    """Hands ONNX Runtime one batch after another, after a look whether the file takes it."""
-
-    def __init__(self, file: Any, batches: Iterable):
-        self.file, self.batches = file, iter(batches)
-        self.first: dict[str, Any] = {}
-        self.next = self._read()  # what does not fit is refused before anything is written
-
-    def get_next(self) -> dict[str, Any] | None:
-        current, self.next = self.next, self._read() if self.next else None
-        return current
-
-    def _read(self) -> dict[str, Any] | None:
-        images = next(self.batches, (None,))[0]
-        if images is None:
-            return None
-        inputs = feed(self.file, (images,), {})
-        if not self.first:
-            try:
-                self.file.run(None, inputs)
-            except Exception as error:  # ONNX Runtime raises kinds of its own
-                raise ValueError(
-                    f"the file does not run on images {images.dtype} {list(images.shape)}: "
-                    f"{reason(error)}. Give a split of the size that it was exported for"
-                ) from None
-            self.first = inputs
-        return inputs
+def _fitting(file: Any, images: torch.Tensor) -> dict[str, Any]:
+    """What `file` is given for `images`. ValueError if it does not run on them."""
+    inputs = feed(file, (images,), {})
+    try:
+        file.run(None, inputs)
+    except Exception as error:  # ONNX Runtime raises kinds of its own
+        raise ValueError(
+            f"the file does not run on images {images.dtype} {list(images.shape)}: "
+            f"{reason(error)}. Give a split of the size that it was exported for"
+        ) from None
+    return inputs
 
 
 def _operations(source: Path) -> set[str]:
@@ -111,7 +100,7 @@ def _operations(source: Path) -> set[str]:
     return {node.op_type for node in onnx.load(source, load_external_data=False).graph.node}
 
 
-def _write(source: Path, path: Path, calibration: _Calibration) -> None:
+def _write(source: Path, path: Path, calibration: Any) -> None:
     from onnxruntime import quantization as ort
 
     with tempfile.TemporaryDirectory() as folder:
