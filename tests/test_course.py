@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -355,6 +356,30 @@ def test_killed_with_its_kernel_it_goes_on_in_one_of_two_processes(finished, tin
     pd.testing.assert_frame_equal(again.history("baseline"), whole.history("baseline"))
     one, other = (s.model("baseline").state_dict() for s in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+ALLOCATE = """
+import resource
+for _ in range(30):
+    bytes(1) * (48 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the variable is glibc's")
+def test_kernels_and_make_keep_freed_memory(tmp_path, monkeypatch):
+    """Page faults of a process that takes and frees 48 MB time and again: 12,288 in each turn."""
+
+    def faults():
+        command = [sys.executable, "-c", ALLOCATE]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    alone = faults()
+    with lessons._following(tmp_path / "log.txt", "a lesson", print):
+        kept = faults()
+    assert "GLIBC_TUNABLES" not in os.environ and 10 * kept < alone
+    assert (ROOT / "Makefile").read_text().count(f"GLIBC_TUNABLES={lessons.KEEP_MEMORY}\n") == 1
 
 
 def test_storing_a_lesson_from_runs_on_another_file_system(tmp_path, monkeypatch):

@@ -1021,17 +1021,6 @@ def test_a_network_that_branches_on_what_it_sees_is_trained(monkeypatch):
     assert len(ms.fit(Branching(), tiny_data(), epochs=1, lr=0.01, batch_size=32)) == 1
 
 
-def test_freed_memory_is_kept_only_where_it_is_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr("mslib.training.loop.keep_freed_memory", lambda: asked.append(1))
-    monkeypatch.delenv("MSLIB_KEEP_MEMORY", raising=False)
-    ms.fit(small(), tiny_data(), **FAST)
-    assert not asked
-    monkeypatch.setenv("MSLIB_KEEP_MEMORY", "1")
-    ms.fit(small(), tiny_data(), **FAST)
-    assert asked == [1]
-
-
 # ---- BatchNorm statistics anew -----------------------------------------------------------------
 
 

@@ -18,6 +18,9 @@ from .stages import NEEDS, Results, Stage, needs_checkout, stage
 
 Say = Callable[[str], None]
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+# glibc keeps what a training step freed for the next; else it hands large buffers back and gets
+# them anew, cleared page by page. Read when a process starts; where there is no glibc, by nobody
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
 
 
 def require(lesson: str, cfg: Config, say: Say | None = None) -> Results:
@@ -175,7 +178,7 @@ def _following(path: Path, title: str, say: Say) -> Iterator[None]:
                     seen = log.tell()
 
     # kernels inherit these: the log of their trainings, that nobody watches, memory kept
-    here = {"MSLIB_LOG": str(path), "MSLIB_BATCH": "1", "MSLIB_KEEP_MEMORY": "1"}
+    here = {"MSLIB_LOG": str(path), "MSLIB_BATCH": "1", "GLIBC_TUNABLES": KEEP_MEMORY}
     before = {name: os.environ.get(name) for name in here}
     os.environ.update(here)
     say(f"{title}: running")

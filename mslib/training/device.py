@@ -1,8 +1,6 @@
 """Where a network is computed, in which precision, and how its tensors lie in memory."""
 
-import ctypes
 import os
-import sys
 from contextlib import ExitStack
 
 import torch
@@ -68,15 +66,3 @@ def pick_layout(model: nn.Module, device: torch.device, precision: str) -> torch
     if odd and precision == "bf16" and device.type == "cpu":
         return torch.contiguous_format
     return torch.channels_last
-
-
-def keep_freed_memory() -> None:
-    """Let Linux' allocator keep freed memory for the next step, for the rest of this process.
-
-    Else it hands large buffers back and gets them anew, cleared page by page. As it changes the
-    whole process, `fit` calls it only where the environment variable MSLIB_KEEP_MEMORY is 1.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # glibc has it
-        mallopt(-4, 0)  # M_MMAP_MAX: no buffer is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

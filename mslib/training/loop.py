@@ -29,7 +29,7 @@ from .checks import (
     count_outputs,
     first_batch,
 )
-from .device import keep_freed_memory, pick_device, pick_layout, pick_precision
+from .device import pick_device, pick_layout, pick_precision
 from .progress import Progress
 from .runs import identity, network_digest, opened, penalty_state
 from .schedules import MOMENTUM, learning_rates
@@ -148,8 +148,6 @@ class _Training:
 
     def _prepare(self, run, precision, capture):
         """All to its place, back to where an interrupted run was; what stands for the network."""
-        if self.device.type == "cpu" and os.environ.get("MSLIB_KEEP_MEMORY") == "1":
-            keep_freed_memory()
         self.precision, self.layout = precision, pick_layout(self.model, self.device, precision)
         self.model.to(self.device, memory_format=self.layout)
         if self.teacher is not None:
