@@ -254,7 +254,7 @@ def test_rows_of_other_points_stay_in_the_table(points):
         ("mine\n", "table.csv is no table of this sweep: it lacks folder, seed; give another file"),
         ("seed,top1\n0,5\n", "it lacks folder; "),
         ("epochs,folder,seed\n", "it lacks seed; "),  # behind the folder stands what came out
-        ('"mine', "table.csv cannot be read as a table"),
+        ('"mine', "table.csv cannot be read as a table .*; give another file by --csv"),
     ],
 )
 def test_a_file_that_is_no_table_of_the_sweep_is_left_alone(points, tmp_path, content, message):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..files import reason, replacing
+from ..files import replacing
 from ..training.progress import Progress
 from .lessons import run_lesson
+from .results import read_table
 from .settings import SETTINGS, Config, config
 from .stages import NEEDS, Stage, data_of, needs_checkout, place, stage
 
@@ -171,16 +172,12 @@ def _others(path: Path, columns: list[str]) -> tuple[list[str], list[dict[str, A
 
     ValueError for a file that is no such table or lacks some of the `columns`.
     """
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return columns, []
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # to be written as it was read
-    except pd.errors.EmptyDataError:
-        return columns, []
+        table = read_table(path, dtype=str, keep_default_na=False)  # to be written as it was read
     except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read as a table ({reason(error)}); {ELSEWHERE}"
-        ) from None
+        raise ValueError(f"{error}; {ELSEWHERE}") from None
     have = [*itertools.takewhile(lambda name: name != "folder", table)]  # behind: what came out
     if lacking := {*columns, "folder"} - {*have, *(["folder"] if "folder" in table else [])}:
         raise ValueError(
