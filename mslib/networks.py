@@ -368,22 +368,21 @@ def resize(
         raise ValueError(f"{origin} does not fit: {lazy[0]} has no shape yet; run the network once")
     _resize(meta_copy(model), state, origin, groups)
     _resize(model, state, origin, groups)
-    for name, m in model.named_modules():
-        if (key := _join(name, "_extra_state")) in state:
-            m.set_extra_state(state[key])
     return model
 
 
 def _resize(model: nn.Module, state: Mapping, origin: Any, groups: Mapping | None) -> None:
-    _match_names(model, state, origin)
-    made: dict[tuple, torch.Tensor] = {}  # memory in `state` -> the tensor of `model` with it
-    filled: set[int] = set()
+    """Make room in each layer, and have PyTorch fill it, by hooks and extra states as well."""
+    made: dict[tuple, torch.Tensor] = {}  # memory in `state` -> the tensor of `model` for it
+    taken: set[int] = set()
     for name, m in model.named_modules():
+        if isinstance(m, (_ConvNd, nn.Linear)) and m.bias is None and _join(name, "bias") in state:
+            m.bias = nn.Parameter(torch.zeros(1, device=m.weight.device))  # that `prune` added
         tensors = [*m.named_parameters(recurse=False, remove_duplicate=False)]
         for key, old in tensors + [*m.named_buffers(recurse=False, remove_duplicate=False)]:
             new = state.get(_join(name, key))
             if new is None:
-                continue  # a buffer that is not saved
+                continue  # a buffer that is not saved; or a name is missing, which is told below
             if not _alike(old, new):
                 raise ValueError(
                     f"{origin} does not fit {type(model).__name__}: {_join(name, key)} is "
@@ -391,45 +390,26 @@ def _resize(model: nn.Module, state: Mapping, origin: Any, groups: Mapping | Non
                 )
             same = (*_memory(new), isinstance(old, nn.Parameter))
             if same not in made:
-                made[same] = _filled(old, new, in_place=id(old) not in filled)
-                filled.add(id(made[same]))
+                made[same] = _room(old, new, taken=id(old) in taken)
+                taken.add(id(made[same]))
             setattr(m, key, made[same])
         if isinstance(m, _ConvNd) and groups is not None:
             m.groups = groups.get(name, 1)
         elif isinstance(m, _ConvNd) and 1 < m.groups == m.in_channels and not m.transposed:
             m.groups = max(1, len(m.weight) // (m.out_channels // m.in_channels))
+    given = OrderedDict(state)
+    # the versions of its modules: without them, PyTorch takes the weights for those of old ones
+    given._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     try:
+        nn.Module.load_state_dict(model, given)  # strictly, whatever the network's own would do
         sync_widths(model)
-    except ValueError as error:
-        raise ValueError(f"{origin} does not fit {error}") from None
+    except Exception as error:  # of many kinds, from hooks of the network's own
+        why = " ".join(str(error).split()).removeprefix("Error(s) in loading state_dict for ")
+        raise ValueError(f"{origin} does not fit {why:.300}") from None
 
 
 def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
-
-
-def _match_names(model: nn.Module, state: Mapping[str, torch.Tensor], origin: Any) -> None:
-    """Make room for the biases that `prune` added; ValueError if the names differ otherwise."""
-    wanted = set(model.state_dict())
-    for name, m in model.named_modules():
-        key = _join(name, "bias")
-        if isinstance(m, (_ConvNd, nn.Linear)) and m.bias is None and key in state:
-            m.bias = nn.Parameter(torch.zeros(1, device=m.weight.device))
-            wanted.add(key)
-    odd = sorted(wanted ^ set(state))
-    if odd:
-        which = "only the network has" if odd[0] in wanted else "only the file has"
-        raise ValueError(
-            f"{origin} does not fit {type(model).__name__}: {len(odd)} names differ; "
-            f"{which} {odd[0]!r:.99}"
-        )
-    takes = dict(model.named_parameters(remove_duplicate=False))
-    takes |= dict(model.named_buffers(remove_duplicate=False))
-    if lost := [n for n in state if n not in takes and not n.endswith("_extra_state")]:
-        raise ValueError(
-            f"{origin}: {lost[0]!r:.99} is no parameter, buffer or extra state of "
-            f"{type(model).__name__}; try model.load_state_dict(safetensors.torch.load_file(path))"
-        )
 
 
 def _alike(old: torch.Tensor, new: torch.Tensor) -> bool:
@@ -439,12 +419,11 @@ def _alike(old: torch.Tensor, new: torch.Tensor) -> bool:
     return old.ndim == new.ndim and kinds and not empty
 
 
-def _filled(old: torch.Tensor, new: torch.Tensor, in_place: bool) -> torch.Tensor:
-    """A tensor like `old` with the shape, precision and values of `new`; `old` if it can be."""
-    data = old.is_meta or new.is_meta
-    if in_place and not data and (old.shape, old.dtype) == (new.shape, new.dtype):
-        return old.copy_(new)
-    fresh = new.to(new.device if data else old.device, copy=True)
+def _room(old: torch.Tensor, new: torch.Tensor, taken: bool) -> torch.Tensor:
+    """A tensor like `old` of the shape and precision of `new`; `old` itself if it can be."""
+    if not (taken or old.is_meta) and (old.shape, old.dtype) == (new.shape, new.dtype):
+        return old
+    fresh = torch.empty_like(new, device=new.device if old.is_meta else old.device)
     return nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
 
 
