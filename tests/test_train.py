@@ -422,6 +422,16 @@ def test_a_bias_tells_networks_apart_by_its_tensor_alone():
     assert network_digest(with_bias)["layers"] == network_digest(without)["layers"]  # as any reprs
     assert network_digest(with_bias)["weights"] != network_digest(without)["weights"]
 
+    class Shifted(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self._bias = bias
+
+        def extra_repr(self):
+            return f"scale=1, bias={self._bias}"
+
+    assert network_digest(Shifted(3))["layers"] != network_digest(Shifted(4))["layers"]
+
 
 class Attentive(nn.Module):
     """Of what decides its outputs, `repr` tells the shapes of weights only."""

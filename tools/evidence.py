@@ -51,9 +51,6 @@ class Table:
     def has(self, key: dict[str, Any]) -> bool:
         return self._place(key) in self.known
 
-    def row(self, key: dict[str, Any]) -> dict[str, Any]:
-        return next(row for row in self.rows if self._place(row) == self._place(key))
-
     def check(self, dataset: str) -> None:
         """ValueError if a row was measured on other images."""
         if others := {str(row["dataset"]) for row in self.rows} - {dataset}:

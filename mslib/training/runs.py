@@ -61,8 +61,9 @@ def identity(model: nn.Module, data: Any, penalty: Any, settings: dict) -> dict:
 
 def network_digest(model: nn.Module) -> dict[str, str]:
     """What a network is: a digest of its layers, one of the bytes of its weights and buffers."""
-    # a bias is among the weights, whether or not this version of PyTorch also tells of it in a repr
-    layers = re.sub(r" at 0x\w+|, bias=\w+", "", "".join([repr(model), *_untold(model)])).encode()
+    # whether there is a bias, the weights tell; not every version of PyTorch says so in a repr, too
+    told = "".join([repr(model), *_untold(model)])
+    layers = re.sub(r" at 0x\w+|, bias=(?:True|False)", "", told).encode()
     named = (model.named_parameters, model.named_buffers)
     tensors = itertools.chain.from_iterable(of(remove_duplicate=False) for of in named)
     return {"layers": hashlib.sha256(layers).hexdigest(), "weights": digest(tensors)}
