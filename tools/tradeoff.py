@@ -3,9 +3,9 @@
     python -m tools.tradeoff data/reference/tradeoff-cifar10.yml --dataset PATH -p seed 0
 
 Global and masked sparsity at several strengths each, from the baselines of the recovery curves.
-*masked* has the masks of one global run, that of `mask_push`. *global-twice* trains with this push
-for as many epochs as these two together. What is measured already is not measured again, and
-trainings resume, as in `tools.evidence`.
+*masked* has the masks of one global run, that of `mask_push`. *global-twice* trains for as many
+epochs as these two together; λ is its push spread over them. What is measured already is not
+measured again, and trainings resume, as in `tools.evidence`.
 """
 
 from collections.abc import Iterator
@@ -55,10 +55,9 @@ class Tradeoff(Recovery):
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         *early, last = self.s["repairs"]
-        arms = [(m, push) for m in ("global", "masked") for push in self.s[f"{m}_push"]]
+        arms = [(m, push) for m in METHODS[:3] for push in self.s[f"{m}_push"]]
         for method, push in arms:
             yield method, partial(self.at(push).at_the_cut, method)
-        yield "global-twice", partial(self.at(self.s["mask_push"]).at_the_cut, "global-twice")
         for epochs in (0, self.s["prepare"]):
             yield "dense", partial(self.dense, epochs)
         for epochs in (*early, last):

@@ -55,6 +55,22 @@ def recovery() -> pd.DataFrame:
     return table[(table.images == 1) & ~table.taught].reset_index(drop=True)
 
 
+def tradeoff() -> tuple[pd.DataFrame, dict[str, float]]:
+    """What a stronger penalty costs before the cut on CIFAR-10, and saves at it.
+
+    Returns the table, `station` as in `recovery`, and the best push of each method: of those that
+    most seeds have, the one of highest mean top-1 at the cut (folded), on held-out images.
+    """
+    path = tables() / "reference" / "tradeoff-cifar10.csv"
+    columns = ("seed", "method", "push", "station", "held_out")
+    table = read_table(path, columns, dtype={"station": str})
+    best = {}
+    for method, runs in table[table.station == "folded"].groupby("method"):
+        tops = runs.groupby("push").held_out.agg(["count", "mean"])
+        best[str(method)] = tops[tops["count"] == tops["count"].max()]["mean"].idxmax()
+    return table, best
+
+
 def published(network: str, dataset: str = "CIFAR-10") -> pd.DataFrame:
     """Published results of `network`, a row a method, in percent.
 

@@ -133,7 +133,7 @@ class Config(BaseModel):
     growing_exponent: float = _setting(
         0.5,
         6,
-        "GReg-2: its common penalty alone leaves e to the minus this of a filter",
+        "GReg-2: its common penalty alone would shrink a filter to exp(-this)",
         also=(8,),
         gt=0,
         le=100,
