@@ -233,12 +233,12 @@ def tradeoff() -> str:
     table, best = traded()
     shared = _shared(table, ["method", "push", "station"])
     told = []
-    for over in [method for method in ("global", "global-twice") if method in best]:
+    for over in ("global", "global-twice"):
         for station in ("before", "folded"):
             lead = _lead_of_masked(station, over)
             points = ", ".join(f"{each:+.2f}" for each in lead)
-            mean = f" (mean {_with_interval(lead)}, 95 %)" if len(lead) > 1 else ""
-            told.append(f"{over}, {STATIONS[station]}: {points}{mean}")
+            mean = f"mean {_with_interval(lead)}, 95 %"
+            told.append(f"{over}, {STATIONS[station]}: {points} ({mean})")
     pushes = ", ".join(f"{method} {push:g}" for method, push in best.items())
     return (
         f"{_by_station('tradeoff-cifar10', shared, 'push', 'push of λ', '{:g}')}\n"
