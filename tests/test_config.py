@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -124,7 +125,7 @@ def test_a_stage_depends_on_its_own_and_earlier_settings(tmp_path):
     assert folder("01_baseline", tmp_path, seed=1) != base
 
 
-def test_lessons_06_to_10_depend_on_what_they_read():
+def test_lessons_06_to_12_depend_on_what_they_read():
     cfg = ms.config("quick")
     phases = {"epochs", "sparse_epochs", "sparse_lr", "finetune_epochs", "finetune_lr"}
     six = {"growing_exponent", "layer_reduction", "masked_strength"}
@@ -142,6 +143,10 @@ def test_lessons_06_to_10_depend_on_what_they_read():
     assert ten | {"family_depth", "reduction", "image_size", "width"} <= cfg.up_to(10).keys()
     assert not {"depth", "sparse_epochs", "own_epochs", "method"} & cfg.up_to(10).keys()
     assert not any("family" in name for name in cfg.up_to(9))
+    assert cfg.up_to(11) == cfg.up_to(10)
+    twelve = {"deep_reduction", "floor", "sparse_epochs", "masked_strength", "finetune_lr"}
+    assert twelve | {"depth", "epochs"} <= cfg.up_to(12).keys()
+    assert not {"reduction", "finetune_epochs", "family_depth", "method"} & cfg.up_to(12).keys()
     assert "train_size" in cfg.up_to(1) and "train_size" not in ms.config("standard").up_to(1)
 
 
@@ -326,6 +331,13 @@ def test_shares_of_layers_are_a_setting():
     cfg = ms.config("quick", layer_reduction={"stage1": 0.5})
     assert ms.config("quick", **cfg.overrides()) == cfg
     assert ms.config("quick").layer_reduction == {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32}
+
+
+def test_two_equal_networks_are_further_apart_than_chance_says_once_in_twenty_times():
+    draws = np.random.default_rng(0).binomial(2000, 0.9, size=(2, 20_000)) / 20.0  # in percent
+    outside = np.abs(draws[0] - draws[1]) > ms.chance(90.0, 2000)
+    assert 0.03 < outside.mean() < 0.06  # two standard errors: 0.0455
+    assert ms.chance(90.0, 8000) == pytest.approx(ms.chance(90.0, 2000) / 2)
 
 
 def test_decisions_choose_on_held_out_images_and_report_test_images():

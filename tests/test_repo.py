@@ -172,10 +172,11 @@ def section(name):
     return stamp.stamped(f"<!-- {name} -->\n<!-- /{name} -->")
 
 
-def test_a_section_in_which_a_measurement_is_missing_is_refused(monkeypatch):
-    table = stamp.recovery_curves()
+def test_a_section_in_which_a_measurement_is_missing_is_refused(tmp_path, monkeypatch):
+    table = pd.read_csv(stamp.REFERENCE / "recovery-cifar10.csv")
     lacking = table[(table.method != "masked") | (table.station != "folded")]
-    monkeypatch.setattr(stamp, "recovery_curves", lambda: lacking)
+    lacking.to_csv(tmp_path / "recovery-cifar10.csv", index=False)
+    monkeypatch.setattr(stamp, "REFERENCE", tmp_path)
     with pytest.raises(ValueError, match="'findings', made from .*recovery-cifar10.csv: a measur"):
         section("findings")
 

@@ -64,9 +64,10 @@ def pipeline() -> None:
     more = [
         ("06", "Growing\nregularization", damage),
         ("07", "Feature\nflow", widths),
-        ("08", "Method\ncomparison", every),
+        ("08", "A fair\ncomparison", every),
         ("09", "Your own\nnetwork", every),
         ("10, 11", "The family,\nand your own", every),
+        ("12", "Which\nmethod?", every),
     ]
     for i, (number, name, question, handed) in enumerate(line):
         x = 0.1 + 2.11 * i
@@ -75,16 +76,16 @@ def pipeline() -> None:
             _arrow(ax, (x + 1.34, 2.62), (x + 2.09, 2.62))
             _text(ax, x + 1.72, 3.0, handed, 7.5, color=QUIET)
     for i, (number, name, question) in enumerate(more):
-        x = 0.1 + 2.11 * i
+        x = 0.1 + 1.688 * i
         _lesson(ax, x, 0.1, number, name, question)
         if i < 2:  # both start again from the trained network
             ax.plot([x + 0.66] * 2, [1.37, 1.66], color=QUIET, lw=1.2)
             _arrow(ax, (x + 0.66, 1.5), (x + 0.66, 1.36), QUIET)
         else:
-            word = ("all ways compared", "the recipe", "their relatives")[i - 2]
+            word = ("all ways compared", "the recipe", "their relatives", "the answer")[i - 2]
             _text(ax, x + 0.66, 1.5, word, 7.5, color=QUIET)
-    ax.plot([0.76, 0.76, 2.87], [1.98, 1.66, 1.66], color=QUIET, lw=1.2)
-    _text(ax, 2.35, 1.79, "two other ways, from the same trained network", 7.5, color=QUIET)
+    ax.plot([0.76, 0.76, 2.448], [1.98, 1.66, 1.66], color=QUIET, lw=1.2)
+    _text(ax, 2.05, 1.79, "two other ways, from the same trained network", 7.5, color=QUIET)
 
 
 def _lesson(ax: Axes, x: float, y: float, number: str, name: str, question: str) -> None:

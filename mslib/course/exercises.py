@@ -187,7 +187,7 @@ def flow(features: list[torch.Tensor]) -> tuple[float, float]:
     return float(length), float(curvature)
 
 
-# ---- 08 · comparing methods --------------------------------------------------------------------
+# ---- 08 · a fair comparison --------------------------------------------------------------------
 
 exercise(([0.1, -0.2, 0.4],), ([1.0, 1.25],), ([0.3, 0.1, 0.2, -0.1, 0.0],))(half_width)
 
@@ -252,3 +252,22 @@ def group_lasso(
     their sums of squares, not the squares; then over the layers; then times the strength."""
     norms = [w[~masks[name]].flatten(1).norm(2, 1).sum() for name, w in weights.items()]
     return strength * torch.stack(norms).sum()
+
+
+# ---- 12 · which method, when? ------------------------------------------------------------------
+
+
+@exercise(
+    ({0: 81.1, 1: 80.0, 4: 80.8, 16: 82.3}, {0: 11.9, 1: 72.2, 4: 78.7, 16: 81.4}, 1.0),
+    ({0: 61.1, 1: 79.0, 4: 80.8}, {0: 11.9, 1: 72.2, 4: 78.7}, 1.0),
+    ({0: 70.0, 2: 80.0, 8: 79.0}, {0: 70.5, 2: 60.0, 8: 79.5}, 1.0),
+)
+def level_after(prepared: dict[int, float], unprepared: dict[int, float], within: float) -> float:
+    """The first epochs of repair from which on, at these and at all longer repairs, the unprepared
+    network is at most `within` points behind; float("inf") if it never is."""
+    found = math.inf
+    for epochs in sorted(prepared, reverse=True):  # from the longest repair back
+        if prepared[epochs] - unprepared[epochs] > within:
+            return found
+        found = epochs
+    return found

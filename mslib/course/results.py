@@ -168,6 +168,13 @@ def half_width(differences: Sequence[float] | pd.Series) -> float:
     return float(stats.t.ppf(0.975, n - 1) * pd.Series(differences).std() / math.sqrt(n))
 
 
+def chance(top1: float, images: int) -> float:
+    """By how many points two networks of about `top1` percent may differ by chance alone on so many
+    `images`: twice the standard error of the difference, 2 · √(2 p (1 - p) / n)."""
+    p = top1 / 100
+    return 100 * 2 * math.sqrt(2 * p * (1 - p) / images)
+
+
 def keep_reference(name: str, cfg: Config, lessons: list[str]) -> None:
     """Copy the finished stages of `cfg` to data/reference/<name>; of the weights only the ends.
 

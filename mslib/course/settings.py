@@ -36,7 +36,7 @@ def _setting(
 ) -> Any:
     """A setting that first matters to `lesson`, and to all that build on it.
 
-    `also`: of lessons 06 to 10, which build on 01, 02 or nothing, those that read it all the same.
+    `also`: of lessons 06 to 12, which build on 01, 02 or nothing, those that read it all the same.
     """
     told: Any = {"lesson": lesson, "also": also}
     return Field(default, description=doc, json_schema_extra=told, **bounds)
@@ -85,9 +85,9 @@ class Config(BaseModel):
     )
     epochs: int = _setting(30, 1, "of the baseline", also=(10,), gt=0, le=10_000)
     lr: float = _setting(0.1, 1, "highest learning rate of the baseline", also=(10,), gt=0, le=100)
-    sparse_epochs: int = _setting(4, 2, "with a sparsity penalty", also=(6, 7), gt=0, le=10_000)
+    sparse_epochs: int = _setting(4, 2, "with a sparsity penalty", also=(6, 7, 12), gt=0, le=10_000)
     sparse_lr: float = _setting(
-        0.02, 2, "highest learning rate with a penalty", also=(6, 7, 9, 10), gt=0, le=100
+        0.02, 2, "highest learning rate with a penalty", also=(6, 7, 9, 10, 12), gt=0, le=100
     )
     global_strength: float = _setting(2.5e-3, 2, "λ of the penalty on every γ", gt=0, le=1000)
     reduction: float = _setting(0.5, 2, "fraction of the MACs to remove", also=(9, 10), gt=0, lt=1)
@@ -95,17 +95,17 @@ class Config(BaseModel):
         0.125,
         2,
         "share of its channels that each layer keeps at least",
-        also=(7, 9, 10),
+        also=(7, 9, 10, 12),
         ge=0,
         lt=1,
     )
     residual: bool = _setting(False, 2, "cut the residual channels too, not only inner ones")
     masked_strength: float = _setting(
-        2e-2, 3, "λ of the penalty on the masked-out γ", also=(6, 8, 10), gt=0, le=1000
+        2e-2, 3, "λ of the penalty on the masked-out γ", also=(6, 8, 10, 12), gt=0, le=1000
     )
     finetune_epochs: int = _setting(4, 5, "after the cut", also=(6, 7, 8), gt=0, le=10_000)
     finetune_lr: float = _setting(
-        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8, 10), gt=0, le=100
+        0.02, 5, "highest learning rate after the cut", also=(6, 7, 8, 10, 12), gt=0, le=100
     )
     layer_reduction: dict[str, Share] = _setting(
         {"stage1": 0.75, "stage2": 0.75, "stage3": 0.32},
@@ -167,6 +167,7 @@ class Config(BaseModel):
     dependency_delta: float = _setting(
         1e-3, 10, "step of λ in dependency-aware pruning", gt=0, le=1000
     )
+    deep_reduction: float = _setting(0.8, 12, "fraction of the MACs to remove", gt=0, lt=1)
     runs: str = Field(
         default_factory=lambda: os.environ.get("MSLIB_RUNS") or "runs",
         description="folder of all runs",
@@ -213,8 +214,9 @@ class Config(BaseModel):
         """Whether the results of `lesson` depend on the setting called `name`."""
         if name in ("train_size", "test_size") and self.dataset != "shapes":
             return False
-        told, lesson = _told(SETTINGS[name]), min(lesson, 10)  # 11 reads what 10 reads
-        chain = {6: 1, 7: 1, 8: 2, 9: 0, 10: 0}.get(lesson, lesson)  # the last that it builds on
+        told, lesson = _told(SETTINGS[name]), 10 if lesson == 11 else lesson  # reads what 10 reads
+        # the last that it builds on
+        chain = {6: 1, 7: 1, 8: 2, 9: 0, 10: 0, 12: 1}.get(lesson, lesson)
         return told["lesson"] in (*range(1, chain + 1), lesson) or lesson in told["also"]
 
     def overrides(self) -> dict[str, Any]:

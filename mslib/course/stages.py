@@ -32,6 +32,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "09_your_own_network": (),
     "10_the_family": (),
     "11_your_own_penalty": (),
+    "12_which_method": ("01_baseline",),
 }
 ROW: dict[str, Any] = {"name": str, "top1": (int, float), "macs": int, "params": int, "epochs": int}
 UNFIT = re.compile(r"""[/\\:*?"<>|{\x00-\x1f]|^\.|[. ]$""")  # for the name of a folder
