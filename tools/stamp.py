@@ -137,9 +137,7 @@ DEEP = ("one-shot", "masked", "greg-1")  # the methods of README's table
 
 def _deep() -> pd.DataFrame:
     """Test top-1 of the deeper cut: a row a seed that has all, columns method and when."""
-    path = REFERENCE / "recovery-cifar10.csv"
-    table = read_table(path, ("method", "station", "images", "taught"), dtype={"station": str})
-    table = table[~table.taught & (table.reduction == 0.8) & table.method.isin(DEEP)]
+    table = _deeper().query("not taught and method in @DEEP")
     few = (table.images == 0.01) & (table.station == "4")
     when = table.station.where(table.images == 1).mask(few, "few")
     wanted = table.assign(when=when)[when.isin(["before", "folded", "few", "16"])]
@@ -289,26 +287,46 @@ def _by_station(name: str, table: pd.DataFrame, by: str, head: str, form: str) -
     )
 
 
-def _repaired() -> pd.DataFrame:
-    """Test top-1 after four epochs: a row a method, by teacher (True, False), share of images."""
-    table = read_table(REFERENCE / "recovery-cifar10.csv", dtype={"station": str})
-    table = table[(table.station == "4") & (table.reduction == 0.8) & (table.seed == 0)]
-    cells = table.pivot(index="method", columns=["taught", "images"], values="test")
-    return cells.loc[table.method.unique()]
+def _deeper() -> pd.DataFrame:
+    """The measurements of the cut of 80 %, also with few images and with a teacher."""
+    columns = ("method", "station", "images", "taught", "reduction")
+    table = read_table(REFERENCE / "recovery-cifar10.csv", columns, dtype={"station": str})
+    return table[table.reduction == 0.8]
 
 
 def few_images() -> str:
-    """What repair brings back with few images, or with a teacher: as many steps as four epochs."""
-    cells = _repaired()
-    plain = cells[False].sort_index(axis=1).dropna()  # all shares of the images were measured
-    heads = ["method", *(f"{share:.0%} of the images" for share in plain)]
-    if taught := True in cells:
-        heads.append("100%, with a teacher")
-    rows = []
-    for method in plain.index:
-        top1 = [*plain.loc[method], *([cells.loc[method, (True, 1.0)]] if taught else [])]
-        rows.append([method, *("" if pd.isna(value) else f"{value:.1f}" for value in top1)])
-    return f"{_markdown(heads, rows)}\n\nTest top-1 (%), seed 0; from the same table.\n"
+    """What repair brings back with few images, in as many steps as four epochs have."""
+    table = _deeper().query("station == '4' and not taught")
+    cells = table[table.method.isin(DEEP)].pivot(
+        index="seed", columns=["method", "images"], values="test"
+    )
+    cells = cells.dropna()  # the seeds that have all
+    means = cells.mean().unstack().loc[[*DEEP]].sort_index(axis=1)
+    heads = ["method", *(f"{share:.0%} of the images" for share in means)]
+    rows = [[method, *map("{:.1f}".format, row)] for method, row in zip(DEEP, means.values)]
+    seeds = ", ".join(map(str, cells.index))
+    return f"{_markdown(heads, rows)}\n\nTest top-1 (%), seed {seeds}; from the same table.\n"
+
+
+def teacher() -> str:
+    """What a teacher adds to a training after the cut, of the same seed, method and epochs."""
+    table = _deeper().query("images == 1").astype({"station": str})
+    key = ["station", "method", "seed"]
+    pairs = table.pivot(index=key, columns="taught", values="test").dropna().reset_index()
+    pairs = pairs.astype({"station": int}).sort_values("station", kind="stable")
+    rows = [
+        (
+            p.method,
+            str(p.station),
+            f"{p[False]:.1f}",
+            f"{p[True]:.1f}",
+            f"{p[True] - p[False]:+.1f}",
+        )
+        for _, p in pairs.iterrows()
+    ]
+    heads = ("method", "epochs after the cut", "alone", "with a teacher", "points gained")
+    seeds = ", ".join(map(str, sorted(set(pairs.seed))))
+    return f"{_markdown(heads, rows)}\n\nTest top-1 (%), seed {seeds}; from the same table.\n"
 
 
 def _from(points: float) -> str:
@@ -435,6 +453,7 @@ MADE: dict[str, Callable[[], str]] = {
     "recovery": recovery,
     "tradeoff": tradeoff,
     "few": few_images,
+    "teacher": teacher,
     "networks": networks,
     "bench": benchmarks,
 }

@@ -591,7 +591,7 @@ def levers(
     fig, axes = figure(title, 11, 0.9 + 2.1 * rows, columns, rows, **alike)
     for ax, (name, (norms, gammas, kept)) in zip(axes.flat, panels.items()):
         x, y = (np.maximum(values.cpu().numpy(), 1e-4) for values in (norms, gammas))
-        for word, flag in (("dropped", False), ("kept", True)):
+        for word, flag in (("kept", True), ("dropped", False)):  # what goes lies on top
             chosen = kept.cpu().numpy() == flag
             looks: Any = dict(s=22, alpha=0.5, lw=0, marker="o" if flag else "X", clip_on=False)
             ax.scatter(x[chosen], y[chosen], color=COLORS[word], zorder=3, **looks)
@@ -602,7 +602,7 @@ def levers(
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     ticks, words = [1e-4, 1e-2, 1, 1e2], ["0", "0.01", "1", "100"]
-    looks = dict(xscale="log", yscale="log", xlim=(1e-4, 1e3), ylim=(1e-4, 5))
+    looks = dict(xscale="log", yscale="log", xlim=(7e-5, 1e3), ylim=(7e-5, 5))
     axes[0, 0].set(**looks, xticks=ticks, xticklabels=words)
     axes[0, 0].set_yticks(ticks[:3], words[:3])
     axes[0, 0].minorticks_off()

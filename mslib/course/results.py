@@ -147,7 +147,7 @@ def decisions(table: pd.DataFrame, afterwards: Mapping[str, tuple[str, str]]) ->
                     "MACs removed": f"{reduction:.0%}",
                     "afterwards": words,
                     "use": best,
-                    "top-1 %": round(told[best].mean(), 2),
+                    "top-1 %": round(told[best].mean(), 1),
                     "next best": ", ".join(others[:1]),
                     "ahead by": ", ".join(lead),
                     "not separated": ", ".join(close) if several else "not known: one seed",

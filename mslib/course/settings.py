@@ -142,7 +142,7 @@ class Config(BaseModel):
         1.0, 7, "k1, strength on the length of the feature flow", also=(8, 10), gt=0, le=1e6
     )
     flow_curvature: float = _setting(1.0, 7, "k2, strength on its curvature", gt=0, le=1e6)
-    method: Method = _setting("masked", 8, "of pruning: " + ", ".join(get_args(Method)))
+    method: Method = _setting("uniform", 8, "of pruning: " + ", ".join(get_args(Method)))
     own_network: str = _setting("resnet18", 9, "of torchvision, by name", min_length=1)
     own_side: int = _setting(
         48, 9, "of the images in pixels, as this network sees them", ge=8, le=1024
@@ -251,7 +251,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         growing_ceiling=2.5,
         growing_every=5,
         family_depth=14,
-        family_epochs=2,
+        family_epochs=3,
     ),
     # CIFAR-10: an evening on two CPU cores
     "standard": dict(),
