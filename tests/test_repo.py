@@ -172,13 +172,16 @@ def section(name):
     return stamp.stamped(f"<!-- {name} -->\n<!-- /{name} -->")
 
 
-def test_a_section_in_which_a_measurement_is_missing_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, station", [("findings", "folded"), ("few", "4")])
+def test_a_section_in_which_a_measurement_is_missing_is_refused(
+    name, station, tmp_path, monkeypatch
+):
     table = pd.read_csv(stamp.REFERENCE / "recovery-cifar10.csv")
-    lacking = table[(table.method != "masked") | (table.station != "folded")]
+    lacking = table[(table.method != "masked") | (table.station != station)]
     lacking.to_csv(tmp_path / "recovery-cifar10.csv", index=False)
     monkeypatch.setattr(stamp, "REFERENCE", tmp_path)
-    with pytest.raises(ValueError, match="'findings', made from .*recovery-cifar10.csv: a measur"):
-        section("findings")
+    with pytest.raises(ValueError, match=f"'{name}', made from .*recovery-cifar10.csv: a measur"):
+        section(name)
 
 
 def test_means_over_other_seeds_are_refused(tmp_path, monkeypatch):

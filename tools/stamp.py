@@ -141,8 +141,13 @@ def _deep() -> pd.DataFrame:
     few = (table.images == 0.01) & (table.station == "4")
     when = table.station.where(table.images == 1).mask(few, "few")
     wanted = table.assign(when=when)[when.isin(["before", "folded", "few", "16"])]
-    whole = wanted.pivot(index="seed", columns=["method", "when"], values="test").dropna()
-    if whole.empty:
+    return _whole_seeds(wanted, ["method", "when"])
+
+
+def _whole_seeds(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Test top-1 of DEEP, a row a seed that has all `columns`. ValueError if there is none."""
+    whole = table.pivot(index="seed", columns=columns, values="test").dropna()
+    if whole.empty or {*DEEP} - {*whole.columns.unique("method")}:
         raise ValueError("a measurement is missing: no seed has all that the table shows")
     return whole
 
@@ -296,11 +301,8 @@ def _deeper() -> pd.DataFrame:
 
 def few_images() -> str:
     """What repair brings back with few images, in as many steps as four epochs have."""
-    table = _deeper().query("station == '4' and not taught")
-    cells = table[table.method.isin(DEEP)].pivot(
-        index="seed", columns=["method", "images"], values="test"
-    )
-    cells = cells.dropna()  # the seeds that have all
+    table = _deeper().query("station == '4' and not taught and method in @DEEP")
+    cells = _whole_seeds(table, ["method", "images"])
     means = cells.mean().unstack().loc[[*DEEP]].sort_index(axis=1)
     heads = ["method", *(f"{share:.0%} of the images" for share in means)]
     rows = [[method, *map("{:.1f}".format, row)] for method, row in zip(DEEP, means.values)]
@@ -310,19 +312,13 @@ def few_images() -> str:
 
 def teacher() -> str:
     """What a teacher adds to a training after the cut, of the same seed, method and epochs."""
-    table = _deeper().query("images == 1").astype({"station": str})
+    table = _deeper().query("images == 1")
     key = ["station", "method", "seed"]
     pairs = table.pivot(index=key, columns="taught", values="test").dropna().reset_index()
     pairs = pairs.astype({"station": int}).sort_values("station", kind="stable")
     rows = [
-        (
-            p.method,
-            str(p.station),
-            f"{p[False]:.1f}",
-            f"{p[True]:.1f}",
-            f"{p[True] - p[False]:+.1f}",
-        )
-        for _, p in pairs.iterrows()
+        (method, str(epochs), f"{alone:.1f}", f"{taught:.1f}", f"{taught - alone:+.1f}")
+        for epochs, method, _, alone, taught in pairs.itertuples(index=False)
     ]
     heads = ("method", "epochs after the cut", "alone", "with a teacher", "points gained")
     seeds = ", ".join(map(str, sorted(set(pairs.seed))))
